@@ -1,0 +1,138 @@
+"""Loads the compiled kernels once, and says in one line what is missing and why."""
+
+from __future__ import annotations
+
+import functools
+import json
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from .optim._rule import Hyper, Rule
+
+_HERE = Path(__file__).parent
+_PARAMETERS = 2  # scalars that a penalty may have in the kernels
+
+
+class Kernels:
+    """The ops of one compiled library, with rules and penalties resolved by name."""
+
+    def __init__(self, ops: Any):
+        self.plan, self.plan_items, self.step, self.why_not = ops.plan, ops.plan_items, ops.step, ops.why_not
+        self.rules: dict[str, tuple[int, list[str], list[str]]] = {}
+        self.penalties: dict[str, tuple[int, list[str]]] = {}
+        for line in ops.describe().splitlines():
+            kind, name, *rest = line.split(";")
+            if kind == "rule":
+                self.rules[name] = (len(self.rules), rest[0].split(), rest[1].split())
+            elif kind == "penalty":
+                self.penalties[name] = (len(self.penalties), rest[0].split())
+        # The plain overloads skip the packet's overload resolution at every step.
+        self.step, self.plan, self.plan_items = ops.step.default, ops.plan.default, ops.plan_items.default
+
+    def rule_id(self, rule: Rule) -> int:
+        return self.rules[rule.name][0]
+
+    def encode(self, rule: Rule, reg: Any, h: Hyper, grad_scale: float) -> tuple[list[int], list[float]]:
+        """Which rule and penalties run, and all scalars of the step in the kernels' order."""
+        rule_id, _, names = self.rules[rule.name]
+        kinds, scalars = [rule_id], [grad_scale, *[h[name] for name in names]]
+        for penalty in (None, None) if reg is None else (reg.elementwise, reg.radial):
+            values: list[float] = []
+            if penalty is None:
+                kinds.append(self.penalties["none"][0])
+            else:
+                kind, parameter_names = self.penalties[penalty.kernel]
+                kinds.append(kind)
+                given = penalty.parameters()
+                values = [given[name] for name in parameter_names]
+            scalars += values + [0.0] * (_PARAMETERS - len(values))
+        return kinds, scalars
+
+    def serves(self, param: Tensor, rule: Rule, reg: Any) -> str:
+        """Empty, or why the reference has to step this parameter."""
+        if rule.name not in self.rules:
+            return f"rule {rule.name!r} is not compiled in"
+        for penalty in () if reg is None else (reg.elementwise, reg.radial):
+            if penalty is not None and penalty.kernel not in self.penalties:
+                return f"penalty {penalty.kernel!r} is not compiled in"
+        from .optim._plan import group_bits
+
+        return self.why_not(param, group_bits(reg, param))
+
+
+def build_info() -> dict[str, Any]:
+    """What was built, for which architectures, what could be loaded, and why anything is missing."""
+    built = _built()
+    reasons = dict(built.get("reasons", {}))
+    for name in ("cpu", "cuda"):
+        if (why := _load(name)[1]) and not (name in reasons and not (_HERE / f"_C_{name}.so").exists()):
+            reasons[name] = why
+    cpu = _load("cpu")[0]
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        "built_with_torch": built.get("torch"),
+        "cpu": cpu is not None,
+        "cpu_isa": torch.ops.bregman_cuda.isa() if cpu is not None else None,
+        "cuda": _load("cuda")[0] is not None,
+        "cuda_archs": built.get("cuda_archs", []),
+        "nvcc": built.get("nvcc"),
+        "cxx": built.get("cxx"),
+        "reasons": reasons,
+    }
+
+
+def kernels_for(param: Tensor, fused: bool | None, rule: Rule, reg: Any) -> tuple[Kernels | None, str]:
+    """The kernels that serve a parameter, or None and why not."""
+    if fused is False:
+        return None, "fused=False"
+    kernels, why = _load(param.device.type)
+    if kernels is None:
+        if fused is None:
+            _warn_once(param.device.type, why)
+        return None, why
+    why = kernels.serves(param, rule, reg)
+    return (None, why) if why else (kernels, "")
+
+
+@functools.cache
+def _built() -> dict[str, Any]:
+    try:
+        return dict(json.loads((_HERE / "_build.json").read_text()))
+    except FileNotFoundError:
+        return {"reasons": {"cpu": "the package was not built (no _build.json)", "cuda": "the package was not built"}}
+
+
+@functools.cache
+def _load(device: str) -> tuple[Kernels | None, str]:
+    if device not in ("cpu", "cuda"):
+        return None, f"there are no kernels for device type {device!r}"
+    if device == "cuda":
+        if torch.version.cuda is None:
+            return None, f"this torch ({torch.__version__}) is a CPU build"
+        if _load("cpu")[0] is None:
+            return None, "the CPU library, which defines the ops, is missing"
+    library = _HERE / f"_C_{device}.so"
+    if not library.exists():
+        return None, _built().get("reasons", {}).get(device, "it was not compiled")
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        return None, f"{library.name} does not load: {str(error).splitlines()[0]}"
+    return Kernels(torch.ops.bregman_cuda), ""
+
+
+@functools.cache
+def _warn_once(device: str, why: str) -> None:
+    warnings.warn(
+        f"bregman_cuda: no compiled {device} kernels ({why}); using the slower plain-torch reference. "
+        "`python -m bregman_cuda info` tells more.",
+        stacklevel=2,
+    )

@@ -1,0 +1,265 @@
+"""What every optimizer of the package shares: groups, state, masks, counting, checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference import state_dtype
+from ..regularizers import Regularizer
+from ..regularizers._base import check_number
+from . import _masks
+from ._plan import GroupPlan, slots_of
+from ._rule import Rule
+
+_FLAGS = {"maximize": False, "fused": None, "count_nonzeros": False, "check_finite": False}
+
+
+class SparseOptimizer(torch.optim.Optimizer):
+    """Base of the optimizers: one step is rule, prox and mask in one pass over memory.
+
+    A subclass says which rule serves a group (`_rule`) and checks its own hyper-parameters (`_check_group`).
+    Parameters without a gradient are skipped: neither their state nor their sparsity changes.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        defaults: dict[str, Any],
+        maximize: bool,
+        fused: bool | None,
+        count_nonzeros: bool,
+        check_finite: bool,
+    ) -> None:
+        flags = dict(maximize=maximize, fused=fused, count_nonzeros=count_nonzeros, check_finite=check_finite)
+        self._plans: dict[tuple[Any, ...], GroupPlan] = {}
+        self._last: dict[int, GroupPlan] = {}
+        self._check({**defaults, **flags, "params": []})
+        super().__init__(params, {**defaults, **flags})
+
+    def _rule(self, group: dict[str, Any]) -> Rule:
+        raise NotImplementedError
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its missing options come from the constructor.
+
+        Raises:
+            ValueError, TypeError: an option out of its range, or a parameter that cannot be regularized so.
+        """
+        before = len(self.param_groups)
+        super().add_param_group(param_group)
+        try:
+            self._check(self.param_groups[before])
+        except Exception:
+            del self.param_groups[before:]
+            raise
+        self._forget_plans()
+
+    def _check(self, group: dict[str, Any]) -> None:
+        owner = type(self).__name__
+        check_lr(owner, group["lr"])
+        reg = group["reg"]
+        if reg is not None and not isinstance(reg, Regularizer):
+            raise TypeError(f"{owner}: reg must be None or a regularizer such as bregman_cuda.L1(lam=0.1), got {reg!r}")
+        if group["fused"] not in (None, True, False):
+            raise ValueError(f"{owner}: fused must be True, False or None, got {group['fused']!r}")
+        self._check_group(group)
+        for index, param in enumerate(group["params"]):
+            if not param.is_floating_point():
+                raise TypeError(
+                    f"{owner}: {self._describe(group, index)} has dtype {param.dtype}; "
+                    "only real floating-point parameters can be trained"
+                )
+            if param.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+                raise TypeError(f"{owner}: {self._describe(group, index)} has unsupported dtype {param.dtype}")
+            if reg is not None:
+                try:
+                    reg.groups_of(param.shape)
+                except ValueError as error:
+                    raise ValueError(f"{owner}: {self._describe(group, index)}: {error}") from None
+
+    def _describe(self, group: dict[str, Any], index: int) -> str:
+        names = group.get("param_names")
+        return f"parameter {names[index]!r}" if names else f"parameter {index} of shape {tuple(group['params'][index].shape)}"
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step. Returns the closure's loss, if any.
+
+        Raises:
+            RuntimeError: a sparse gradient, or `fused=True` for a tensor that kernels do not serve.
+            FloatingPointError: with `check_finite`, a gradient with NaN or Inf.
+            All are raised before any parameter changes.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for plan, group, grads in self._ready():
+            plan.run(group, grads, -1.0 if group["maximize"] else 1.0)
+        return loss
+
+    def _ready(self) -> list[tuple[GroupPlan, dict[str, Any], list[Tensor]]]:
+        """Plans and gradients of all groups, with everything checked that can fail."""
+        ready = []
+        for number, group in enumerate(self.param_groups):
+            params = group["params"]
+            grads = [grad for p in params if (grad := p.grad) is not None]
+            if not grads:
+                continue
+            if len(grads) == len(params):
+                active: Any = range(len(params))
+            else:
+                active = tuple(i for i, p in enumerate(params) if p.grad is not None)
+            self._check_grads(group, active, grads)
+            ready.append((self._plan(number, group, active), group, grads))
+        return ready
+
+    def _check_grads(self, group: dict[str, Any], active: Any, grads: list[Tensor]) -> None:
+        if any(grad.layout is not torch.strided for grad in grads):
+            index = next(i for i, grad in zip(active, grads) if grad.layout is not torch.strided)
+            raise RuntimeError(
+                f"{type(self).__name__} does not support sparse gradients: {self._describe(group, index)}; "
+                "use sparse=False in its embedding, or another optimizer for it"
+            )
+        check_lr(type(self).__name__, group["lr"])
+        if group["check_finite"]:
+            for i, grad in zip(active, grads):
+                if not bool(torch.isfinite(grad).all()):
+                    raise FloatingPointError(f"the gradient of {self._describe(group, i)} has NaN or Inf; nothing was changed")
+
+    def _plan(self, number: int, group: dict[str, Any], active: Any) -> GroupPlan:
+        reg = group["reg"]
+        grouping = None if reg is None or reg.radial is None else (reg.groups, reg.weight)
+        key = (number, active, self._rule(group).name, grouping, group["fused"])
+        plan = self._plans.get(key)
+        if plan is not None:
+            params = group["params"]
+            pointers = [p.data_ptr() for p in params] if len(active) == len(params) else [params[i].data_ptr() for i in active]
+            if plan.pointers == pointers and self._last.get(number) is plan:
+                return plan
+        # Another active set shares tensors with this one, and with them step counters: rebuild after each change.
+        self._check({**group, "params": [group["params"][i] for i in active], "param_names": None})
+        self._plans = {k: v for k, v in self._plans.items() if k[0] != number}
+        plan = self._plans[key] = self._last[number] = GroupPlan(self, group, active)
+        return plan
+
+    def _init_state(self, param: Tensor, group: dict[str, Any], rule: Rule) -> dict[str, Any]:
+        """The parameter's state, with what the rule needs and is not there yet."""
+        state: dict[str, Any] = self.state[param]
+        state.setdefault("step", torch.tensor(0.0))
+        mask = state.get("mask")
+        for slot in slots_of(rule, param):
+            if slot in state and state[slot].shape == param.shape and state[slot].stride() == _strides(param):
+                continue
+            wide = param.detach().to(state_dtype(param))
+            value = wide if slot == "master" else rule.init_slot(slot, wide, group)
+            value = state.get(slot, value)  # same state in another memory layout: keep its values
+            state[slot] = torch.zeros_like(param, dtype=state_dtype(param))
+            if value is not None:
+                state[slot].copy_(value)
+            if mask is not None:
+                state[slot].masked_fill_(~_masks.unpack(mask, param), 0)
+        return state
+
+    @torch.no_grad()
+    def set_mask(self, param: Tensor, mask: Tensor | None) -> None:
+        """Keep entries of a parameter at exactly zero (parameter, dual and moments), from now on.
+
+        Args:
+            param: one of this optimizer's parameters.
+            mask: bool tensor of param's shape, True where the entry may be non-zero; None releases the mask
+                (released entries start at zero, in the middle of the dead zone).
+
+        Raises:
+            KeyError: not a parameter of this optimizer.
+            TypeError, ValueError: not bool, or another shape.
+        """
+        if not any(param is p for group in self.param_groups for p in group["params"]):
+            raise KeyError("set_mask: not a parameter of this optimizer")
+        state = self.state[param]
+        if mask is None:
+            state.pop("mask", None)
+        else:
+            if mask.dtype != torch.bool:
+                raise TypeError(f"set_mask: the mask must have dtype torch.bool, got {mask.dtype}")
+            if mask.shape != param.shape:
+                raise ValueError(f"set_mask: the mask has shape {tuple(mask.shape)}, the parameter {tuple(param.shape)}")
+            mask = mask.to(param.device)
+            state["mask"] = _masks.pack(mask, param)
+            for tensor in (param, *(t for key, t in state.items() if key not in ("step", "mask"))):
+                tensor.masked_fill_(~mask, 0)
+        self._forget_plans()
+
+    def get_mask(self, param: Tensor) -> Tensor | None:
+        """The bool mask set on a parameter, or None."""
+        packed = self.state[param].get("mask") if param in self.state else None
+        return None if packed is None else _masks.unpack(packed, param)
+
+    def density(self) -> Any:
+        """Share of non-zeros per tensor as a `DensityReport`; the one method that synchronises with the device.
+
+        With `count_nonzeros=True` it reads what the last step counted, otherwise it counts now.
+        """
+        from ..sparsity.report import optimizer_report
+
+        return optimizer_report(self)
+
+    def _forget_plans(self) -> None:
+        self._plans, self._last = {}, {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch, with regularizers as plain data, so that `torch.load(weights_only=True)` reads it."""
+        state = super().state_dict()
+        for group in state["param_groups"]:
+            if group.get("reg") is not None:
+                group["reg"] = group["reg"].to_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, except that state keeps its dtype: an fp32 dual of a bf16 weight stays fp32."""
+        live = [group["reg"] for group in self.param_groups]
+        loaded = {**state_dict, "param_groups": [dict(group) for group in state_dict["param_groups"]]}
+        for group in loaded["param_groups"]:
+            if isinstance(group.get("reg"), dict):
+                group["reg"] = Regularizer.from_dict(group["reg"])
+        super().load_state_dict(loaded)
+        ids = [i for group in loaded["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, param in zip(ids, params):
+            for key, value in loaded["state"].get(i, {}).items():
+                if torch.is_tensor(value) and key != "step":
+                    self.state[param][key] = value.to(param.device).clone()
+        for group, reg in zip(self.param_groups, live):
+            if type(reg) is type(group["reg"]) and reg is not None:
+                vars(reg).update(vars(group["reg"]))  # a handle held by the user stays live
+                group["reg"] = reg
+        self._forget_plans()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in {**self.defaults, **_FLAGS}.items():
+                group.setdefault(name, value)
+        self._forget_plans()
+
+
+def check_lr(owner: str, lr: Any) -> None:
+    """A step size is a finite number >= 0, or a one-element tensor."""
+    if torch.is_tensor(lr):
+        if lr.numel() != 1:
+            raise ValueError(f"{owner}: a tensor lr must have one element, got shape {tuple(lr.shape)}")
+        if lr.device.type != "cpu":
+            return  # reading it would synchronise
+        lr = lr.item()
+    check_number(owner, "lr", lr)
+
+
+def _strides(param: Tensor) -> tuple[int, ...]:
+    return param.stride() if _masks.is_dense(param) else torch.empty_like(param, device="meta").stride()

@@ -1,0 +1,41 @@
+"""Bit-packed masks, in the memory order of the parameter they belong to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_WORD = 64  # kernels read whole words, so the last one is padded
+
+
+def is_dense(t: Tensor) -> bool:
+    """Whether the tensor covers its memory range without gaps or overlaps (any order of dimensions)."""
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(t.stride(), t.shape) if n != 1):
+        if stride != expected:
+            return t.numel() == 0
+        expected *= size
+    return True
+
+
+def flat(t: Tensor) -> Tensor:
+    """A dense tensor's elements in memory order, as a view."""
+    return t.as_strided((t.numel(),), (1,))
+
+
+def pack(mask: Tensor, like: Tensor) -> Tensor:
+    """uint8 tensor with bit i % 8 of byte i // 8 set where memory element i of `like` is kept."""
+    ordered = torch.empty_like(like, dtype=torch.bool).copy_(mask)
+    bits = torch.zeros(-(-mask.numel() // _WORD) * _WORD, dtype=torch.uint8, device=like.device)
+    bits[: mask.numel()] = flat(ordered)
+    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=like.device)
+    return (bits.view(-1, 8) * weights).sum(1, dtype=torch.uint8)
+
+
+def unpack(packed: Tensor, like: Tensor) -> Tensor:
+    """The bool mask of `like`'s shape that `pack` stored."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    bits = (packed.unsqueeze(1).bitwise_right_shift(shifts) & 1).view(-1)[: like.numel()]
+    mask = torch.empty_like(like, dtype=torch.bool)
+    flat(mask).copy_(bits)
+    return mask

@@ -1,0 +1,166 @@
+"""The hot path: a plan is built once per set of tensors and then runs with the gradients alone.
+
+A `GroupPlan` serves one parameter group and one set of active parameters. It splits them into buckets of the same
+device, dtype and step count; a bucket is one kernel launch (one op call), or the reference for what kernels do
+not serve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import _backend, reference
+from ._masks import unpack
+from ._rule import Rule
+
+if TYPE_CHECKING:
+    from ._base import SparseOptimizer
+
+Counts = list[tuple[Tensor, Tensor, "Tensor | None"]]  # parameter, non-zero elements, non-zero groups
+
+
+class Bucket:
+    """Parameters of one device, dtype and step count."""
+
+    def __init__(self, rule: Rule, params: list[Tensor], states: list[dict[str, Any]], index: list[int]):
+        self.rule, self.params, self.states, self.index = rule, params, states, index
+        self.step = int(states[0]["step"])
+        # One shared counter, new for this bucket: tensors that sit out a step keep the old one.
+        self.step_tensor = torch.tensor(float(self.step))
+        for state in states:
+            state["step"] = self.step_tensor
+
+    def advance(self) -> int:
+        self.step += 1
+        self.step_tensor.fill_(float(self.step))
+        return self.step
+
+    def run(self, group: dict[str, Any], grads: list[Tensor], grad_scale: float) -> None:
+        raise NotImplementedError
+
+    def counts(self) -> Counts | None:
+        """Non-zeros as counted by the last step; None if it did not count."""
+        return None
+
+
+class ReferenceBucket(Bucket):
+    """The step in plain torch."""
+
+    counted: Counts | None = None
+
+    def run(self, group: dict[str, Any], grads: list[Tensor], grad_scale: float) -> None:
+        h, reg = self.rule.hyper(group, self.advance()), group["reg"]
+        for param, grad, state in zip(self.params, grads, self.states):
+            mask = state.get("mask")
+            mask = None if mask is None else unpack(mask, param)
+            reference.step_(self.rule, reg, h, param, grad, state, mask, grad_scale)
+        if group["count_nonzeros"]:
+            self.counted = [(p, *reference.count_nonzeros(p, reg)) for p in self.params]
+
+    def counts(self) -> Counts | None:
+        return self.counted
+
+
+class FusedBucket(Bucket):
+    """The step by kernels: one op call, one launch, no host synchronisation."""
+
+    def __init__(
+        self,
+        kernels: _backend.Kernels,
+        reg: Any,
+        rule: Rule,
+        params: list[Tensor],
+        states: list[dict[str, Any]],
+        index: list[int],
+    ):
+        super().__init__(rule, params, states, index)
+        self.kernels = kernels
+        self.slots = slots_of(rule, params[0])
+        flat_state = [state[slot] for state in states for slot in self.slots]
+        none = torch.empty(0, dtype=torch.uint8, device=params[0].device)
+        masks = [state.get("mask", none) for state in states]
+        self.plan = kernels.plan(
+            params,
+            flat_state,
+            masks,
+            [group_bits(reg, p) for p in params],
+            [1.0 if reg is None or not p.numel() else reg.group_weight(p.shape) for p in params],
+            kernels.rule_id(rule),
+        )
+        self.kept = (flat_state, masks)  # the plan holds their addresses
+        self.grouped = reg is not None and reg.radial is not None
+        self.device_plan = self.plan.to(params[0].device)
+        self.item_tensor = kernels.plan_items(self.plan)
+        self.none = torch.empty(0, dtype=torch.int32, device=params[0].device)
+        self.item_counts: Tensor | None = None
+
+    def run(self, group: dict[str, Any], grads: list[Tensor], grad_scale: float) -> None:
+        h, reg, kernels = self.rule.hyper(group, self.step + 1), group["reg"], self.kernels
+        kinds, scalars = kernels.encode(self.rule, reg, h, grad_scale)
+        if group["count_nonzeros"] and self.item_counts is None:
+            size = (len(self.item_tensor), 2)
+            self.item_counts = torch.zeros(size, dtype=torch.int32, device=self.params[0].device)
+        counts = self.item_counts if group["count_nonzeros"] else None
+        args = (self.plan, self.device_plan)
+        tail = (self.none if counts is None else counts, kinds, scalars)
+        while (odd := kernels.step(*args, grads, *tail)) >= 0:  # nothing was changed: gradient `odd` is laid out otherwise
+            grads = list(grads)
+            grads[odd] = torch.empty_like(self.params[odd]).copy_(grads[odd])
+        self.advance()
+        torch.autograd.graph.increment_version(self.params)
+
+    def counts(self) -> Counts | None:
+        if self.item_counts is None:
+            return None
+        table = torch.zeros(len(self.params), 2, dtype=torch.int64, device=self.item_counts.device)
+        table.index_add_(0, self.item_tensor.to(table.device), self.item_counts.long())
+        return [(p, row[0], row[1] if self.grouped else None) for p, row in zip(self.params, table)]
+
+
+def slots_of(rule: Rule, param: Tensor) -> tuple[str, ...]:
+    """State tensors of the parameter's shape: the rule's, and the fp32 master of a 16-bit parameter that it reads."""
+    wants_master = rule.reads_param and param.dtype in (torch.bfloat16, torch.float16)
+    return rule.slots + (("master",) if wants_master else ())
+
+
+def group_bits(reg: Any, param: Tensor) -> int:
+    """The dims that identify a group as bits, or -1 for a regularizer without groups."""
+    if reg is None or reg.radial is None:
+        return -1
+    return sum(1 << d for d in reg.groups_of(param.shape))
+
+
+class GroupPlan:
+    """The buckets of one parameter group for one set of active parameters."""
+
+    def __init__(self, optimizer: SparseOptimizer, group: dict[str, Any], active: Sequence[int]):
+        rule, reg = optimizer._rule(group), group["reg"]
+        params: list[Tensor] = group["params"]
+        self.pointers = [params[i].data_ptr() for i in active]
+        self.buckets: list[Bucket] = []
+        split: dict[tuple[Any, ...], list[int]] = {}
+        for position, i in enumerate(active):
+            state = optimizer._init_state(params[i], group, rule)
+            kernels, why = _backend.kernels_for(params[i], group["fused"], rule, reg)
+            if group["fused"] and kernels is None:
+                raise RuntimeError(f"fused=True, but {optimizer._describe(group, i)} cannot use kernels: {why}")
+            key = (params[i].device, params[i].dtype, int(state["step"]), kernels)
+            split.setdefault(key, []).append(position)
+        for (*_, kernels), positions in split.items():
+            chosen = [params[active[k]] for k in positions]
+            states = [optimizer.state[p] for p in chosen]
+            if kernels is None:
+                self.buckets.append(ReferenceBucket(rule, chosen, states, positions))
+            else:
+                self.buckets.append(FusedBucket(kernels, reg, rule, chosen, states, positions))
+
+    def run(self, group: dict[str, Any], grads: list[Tensor], grad_scale: float) -> None:
+        if len(self.buckets) == 1:
+            self.buckets[0].run(group, grads, grad_scale)
+            return
+        for bucket in self.buckets:
+            bucket.run(group, [grads[i] for i in bucket.index], grad_scale)

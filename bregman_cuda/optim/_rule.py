@@ -1,0 +1,38 @@
+"""The contract between an update rule and the drivers that walk the tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+State = dict[str, Tensor]
+Hyper = dict[str, float]
+
+
+class Rule:
+    """One update rule: gradient and state -> pre-prox point z -> (the driver applies the prox) -> new parameter.
+
+    The twin of a functor in csrc/math/rules, with the same names and the same operations in the same order, so that
+    reference and kernels agree bit for bit. A rule knows no regularizer, no mask and no device.
+    """
+
+    name: str
+    slots: tuple[str, ...] = ()  # state tensors of the parameter's shape, in the order of the kernel
+    reads_param: bool = False  # False: the parameter is a function of the state alone
+
+    def hyper(self, group: dict[str, Any], step: int) -> Hyper:
+        """The scalars of step number `step` (from 1), in the order of the kernel's Hyper."""
+        raise NotImplementedError
+
+    def init_slot(self, slot: str, param: Tensor, group: dict[str, Any]) -> Tensor | None:
+        """Initial value of a state tensor from the parameter (in the state's dtype); None for zeros."""
+        return None
+
+    def point(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> tuple[Tensor, float | Tensor]:
+        """Update the state in place and return the pre-prox point and its prox scale."""
+        raise NotImplementedError
+
+    def finish(self, q: Tensor, param: Tensor, state: State, h: Hyper) -> Tensor:
+        """The new parameter from the prox point."""
+        return q

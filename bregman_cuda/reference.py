@@ -1,0 +1,60 @@
+"""The step in plain torch: the definition of correct, and the fallback where kernels are missing."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .optim._rule import Hyper, Rule, State
+from .regularizers import Regularizer
+
+
+def state_dtype(param: Tensor) -> torch.dtype:
+    """fp64 for fp64 parameters, fp32 for all others: what accumulates never sits in 16 bits."""
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+@torch.no_grad()
+def step_(
+    rule: Rule,
+    reg: Regularizer | None,
+    h: Hyper,
+    param: Tensor,
+    grad: Tensor,
+    state: State,
+    mask: Tensor | None = None,
+    grad_scale: float = 1.0,
+) -> None:
+    """One step of `rule` with the prox of `reg` on one tensor, in place.
+
+    Args:
+        param: floating tensor of any shape and layout; grad: the same shape and dtype.
+        state: the rule's slots, and "master" where the rule reads a 16-bit parameter.
+        mask: bool of param's shape; False keeps the entry at exactly zero, in the state, too.
+        grad_scale: factor on the gradient (-1 maximizes).
+    """
+    master = state.get("master") if rule.reads_param else None
+    before = param.to(state_dtype(param)) if master is None else master
+    z, scale = rule.point(grad.to(before.dtype) * grad_scale, before, state, h)
+    if mask is not None:
+        z = torch.where(mask, z, torch.zeros_like(z))
+        for slot in rule.slots:
+            state[slot].masked_fill_(~mask, 0)
+    q = z if reg is None else reg.prox(z, scale)
+    after = rule.finish(q, before, state, h)
+    if mask is not None:
+        after = torch.where(mask, after, torch.zeros_like(after))
+    if master is not None:
+        master.copy_(after)
+    param.copy_(after)
+
+
+def count_nonzeros(param: Tensor, reg: Regularizer | None) -> tuple[Tensor, Tensor | None]:
+    """Non-zero elements, and non-zero groups where `reg` has groups: 0-dim int64 tensors on the parameter's device."""
+    alive = param.detach() != 0
+    dims = None if reg is None else reg.groups_of(param.shape)
+    if dims is None or reg is None or reg.radial is None:
+        return alive.sum(), None
+    reduced = [d for d in range(param.ndim) if d not in dims]
+    groups = alive.any(dim=reduced) if reduced and param.numel() else alive
+    return alive.sum(), groups.sum()

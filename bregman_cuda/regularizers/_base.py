@@ -1,0 +1,251 @@
+"""What a regularizer is: a scalar penalty per element, a scalar penalty per group norm, or both.
+
+Every regularizer here is  J(x) = sum_i phi(x_i) + sum_G w_G psi(||x_G||_2)  with scalar penalties phi and psi.
+Its prox is the scalar prox of phi followed by the radial prox of psi, so a penalty is written once and serves
+elements and groups alike. The kernels apply exactly this composition (csrc/math/penalties, csrc/math/radial.h).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, Union
+
+import torch
+from torch import Tensor
+
+Step = Union[float, Tensor]
+_GROUP_NAMES = {"out": (0,), "in": (1,), "kernel": (0, 1)}
+
+
+def check_number(owner: str, name: str, value: Any, low: float = 0.0, high: float = math.inf) -> None:
+    """Refuse a value that is not a finite number within [low, high].
+
+    Raises:
+        TypeError: not a real number.
+        ValueError: NaN, infinite or out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{owner}: {name} must be a number, got {value!r}")
+    if not (low <= value <= high) or math.isinf(value):
+        span = f">= {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
+        raise ValueError(f"{owner}: {name} must be finite and {span}, got {value!r}")
+
+
+class Regularizer:
+    """Base of all regularizers: plain, mutable data whose changes take effect at the optimizer's next step.
+
+    A subclass is a dataclass that sets `elementwise` (phi) and/or `radial` (psi), see `Separable` and `Grouped`.
+    """
+
+    registry: ClassVar[dict[str, type[Regularizer]]] = {}
+    bounds: ClassVar[dict[str, tuple[float, float]]] = {"lam": (0.0, math.inf)}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Regularizer.registry[cls.__name__] = cls
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in {field.name for field in dataclasses.fields(self)}:  # type: ignore[arg-type]
+            raise AttributeError(f"{type(self).__name__} has no parameter {name!r}")
+        if name in self.bounds:
+            check_number(type(self).__name__, name, value, *self.bounds[name])
+        object.__setattr__(self, name, value)
+
+    @property
+    def elementwise(self) -> Separable | None:
+        """The scalar penalty phi applied to every element."""
+        return None
+
+    @property
+    def radial(self) -> Separable | None:
+        """The scalar penalty psi applied to every group norm."""
+        return None
+
+    def groups_of(self, shape: Sequence[int]) -> tuple[int, ...] | None:
+        """Dimensions whose indices identify a group in a tensor of this shape, or None without groups."""
+        return None
+
+    def group_weight(self, shape: Sequence[int]) -> float:
+        """The weight w_G of a group (the same for all groups of a tensor)."""
+        return 1.0
+
+    def group_norms(self, x: Tensor) -> Tensor:
+        """Euclidean norm of every group, with the reduced dimensions kept at size 1. Sums run in float64."""
+        dims = self.groups_of(x.shape)
+        if dims is None:
+            return x.abs()
+        reduced = [d for d in range(x.ndim) if d not in dims]
+        squares = x.double().square()
+        return (squares.sum(reduced, keepdim=True) if reduced else squares).sqrt().to(x.dtype)
+
+    def value(self, x: Tensor) -> Tensor:
+        """J(x), a 0-dim tensor; differentiable where J is."""
+        total = x.new_zeros(())
+        if self.elementwise is not None:
+            total = total + self.elementwise._phi(x).sum()
+        if self.radial is not None:
+            total = total + self.group_weight(x.shape) * self.radial._phi(self._smooth_norms(x)).sum()
+        return total
+
+    def prox(self, x: Tensor, step: Step) -> Tensor:
+        """argmin_z  step * J(z) + ||z - x||^2 / 2, of the shape and dtype of x. NaN stays NaN, zero stays zero.
+
+        Args:
+            x: floating tensor of any shape.
+            step: the step size, a float or a 0-dim tensor of x's dtype.
+        """
+        scale = torch.as_tensor(step, dtype=x.dtype, device=x.device)
+        if self.elementwise is not None:
+            x = self.elementwise._scalar_prox(x, scale)
+        if self.radial is not None and x.numel():
+            x = x * self._radial_factor(self.group_norms(x), scale * self.group_weight(x.shape))
+        return x
+
+    def subgradient(self, x: Tensor) -> Tensor:
+        """The element of smallest norm of the subdifferential of J at x (zero where x is zero)."""
+        result = torch.zeros_like(x)
+        if self.elementwise is not None:
+            result = result + self.elementwise._slope(x)
+        if self.radial is not None and x.numel():
+            result = result + self._radial_gradient(x)
+        return result
+
+    def subdiff_distance(self, x: Tensor, grad: Tensor) -> Tensor:
+        """How far -grad is from the subdifferential of J at x: zero everywhere is the optimality certificate.
+
+        Returns:
+            A tensor of distances, one per element, or one per group (reduced dimensions kept at size 1).
+        """
+        if self.radial is None:
+            return grad.abs() if self.elementwise is None else self.elementwise._distance(x, grad)
+        norms, weight = self.group_norms(x), self.group_weight(x.shape)
+        alive = norms > 0
+        rest = torch.where(alive, grad + self._radial_gradient(x), grad)
+        rest = rest.abs() if self.elementwise is None else self.elementwise._distance(x, rest)
+        rest = self.group_norms(rest)
+        return torch.where(alive, rest, weight * self.radial._distance(torch.zeros_like(rest), rest / weight))
+
+    def lam_max(self, grad: Tensor) -> float:
+        """The smallest lam for which x = 0 is optimal when the loss has gradient `grad` there."""
+        raise NotImplementedError
+
+    def project(self, x: Tensor) -> Tensor:
+        """The nearest point of the domain of J (x itself unless J is a constraint, too)."""
+        return x if self.elementwise is None else self.elementwise._project(x)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for a checkpoint; `Regularizer.from_dict` is the inverse."""
+        return {"regularizer": type(self).__name__, **dataclasses.asdict(self)}  # type: ignore[call-overload]
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Regularizer:
+        """Rebuild what `to_dict` wrote.
+
+        Raises:
+            ValueError: the dictionary names no known regularizer.
+        """
+        values = dict(data)
+        name = values.pop("regularizer", None)
+        if name not in Regularizer.registry:
+            raise ValueError(f"unknown regularizer {name!r}; known: {', '.join(sorted(Regularizer.registry))}")
+        return Regularizer.registry[name](**values)
+
+    def _smooth_norms(self, x: Tensor) -> Tensor:
+        # vector_norm has a zero subgradient at a zero group, where sqrt(sum) would give NaN.
+        dims = self.groups_of(x.shape)
+        assert dims is not None
+        reduced = [d for d in range(x.ndim) if d not in dims]
+        return torch.linalg.vector_norm(x, dim=reduced, keepdim=True) if reduced else x.abs()
+
+    def _radial_factor(self, norms: Tensor, scale: Tensor) -> Tensor:
+        # A zero group meets the smallest normal number instead: factor 0, or 1 where the prox is the identity.
+        assert self.radial is not None
+        norms = torch.where(norms == 0, torch.full_like(norms, torch.finfo(norms.dtype).tiny), norms)
+        shrunk = self.radial._scalar_prox(norms, scale)
+        return torch.where(shrunk == norms, torch.ones_like(norms), shrunk / norms)
+
+    def _radial_gradient(self, x: Tensor) -> Tensor:
+        assert self.radial is not None
+        norms = self.group_norms(x)
+        safe = torch.where(norms == 0, torch.ones_like(norms), norms)  # a zero group has subgradient zero
+        return x * (self.group_weight(x.shape) * self.radial._slope(norms) / safe)
+
+
+class Separable(Regularizer):
+    """A scalar penalty phi on every element. A subclass writes the five functions below and names its kernel."""
+
+    kernel: ClassVar[str]  # its entry in csrc/math/penalty_list.h
+
+    @property
+    def elementwise(self) -> Separable | None:
+        return self
+
+    def parameters(self) -> dict[str, float]:
+        """The kernel's parameters by name."""
+        raise NotImplementedError
+
+    def _phi(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _scalar_prox(self, x: Tensor, scale: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _slope(self, x: Tensor) -> Tensor:
+        """The subgradient of smallest norm."""
+        raise NotImplementedError
+
+    def _distance(self, x: Tensor, grad: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _project(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Grouped(Regularizer):
+    """Shared part of group penalties: which dimensions identify a group, and its weight.
+
+    `groups`: "out" (one group per index of dim 0), "in" (dim 1), "kernel" (dims 0 and 1), or a tuple of dims.
+    `weight`: "sqrt_size" (square root of the group's element count) or "none" (1).
+    """
+
+    groups: str | tuple[int, ...]
+    weight: str
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "groups":
+            value = _check_groups(type(self).__name__, value)
+        if name == "weight" and value not in ("sqrt_size", "none"):
+            raise ValueError(f"{type(self).__name__}: weight must be 'sqrt_size' or 'none', got {value!r}")
+        super().__setattr__(name, value)
+
+    def groups_of(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """See `Regularizer.groups_of`.
+
+        Raises:
+            ValueError: the tensor has too few dimensions.
+        """
+        dims = _GROUP_NAMES[self.groups] if isinstance(self.groups, str) else self.groups
+        if any(not -len(shape) <= d < len(shape) for d in dims):
+            raise ValueError(
+                f"{type(self).__name__}(groups={self.groups!r}) does not fit a tensor of shape {tuple(shape)}; "
+                "choose dims that it has, or give it another regularizer"
+            )
+        return tuple(sorted({d % len(shape) for d in dims}))
+
+    def group_weight(self, shape: Sequence[int]) -> float:
+        if self.weight == "none":
+            return 1.0
+        dims = self.groups_of(shape)
+        return math.sqrt(math.prod(n for d, n in enumerate(shape) if d not in dims))
+
+
+def _check_groups(owner: str, groups: Any) -> str | tuple[int, ...]:
+    if isinstance(groups, str):
+        if groups not in _GROUP_NAMES:
+            raise ValueError(f"{owner}: groups must be 'out', 'in', 'kernel' or a tuple of dims, got {groups!r}")
+        return groups
+    if not isinstance(groups, (tuple, list)) or not all(isinstance(d, int) for d in groups):
+        raise TypeError(f"{owner}: groups must be 'out', 'in', 'kernel' or a tuple of dims, got {groups!r}")
+    return tuple(groups)
