@@ -1,0 +1,36 @@
+// One line per scalar penalty: functor, name in Python. `none` stays first: id 0 means that nothing is applied.
+#pragma once
+
+#include "penalties/elastic_net.h"
+#include "penalties/l1.h"
+#include "penalties/none.h"
+#include "penalties/nonneg_l1.h"
+
+#define BREGMAN_PENALTIES(X)    \
+  X(NoPenalty, none)            \
+  X(L1, l1)                     \
+  X(NonnegL1, nonneg_l1)        \
+  X(ElasticNet, elastic_net)
+
+BREGMAN_BEGIN
+
+enum class PenaltyKind : int {
+#define X(Functor, name) name,
+  BREGMAN_PENALTIES(X)
+#undef X
+};
+
+// The prox chosen at run time: uniform over a CUDA launch, once per group on the CPU.
+template <class C>
+BREGMAN_HD C prox(C x, C scale, const Penalty<C>& k) {
+  switch (PenaltyKind(k.kind)) {
+#define X(Functor, name) \
+  case PenaltyKind::name: \
+    return Functor::template prox<C>(x, scale, k);
+    BREGMAN_PENALTIES(X)
+#undef X
+  }
+  return x;
+}
+
+BREGMAN_END

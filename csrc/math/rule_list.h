@@ -1,0 +1,15 @@
+// One line per rule: functor, name in Python. Everything else (ids, instantiations, dispatch) derives from this list.
+#pragma once
+
+#include "rules/adabreg.h"
+#include "rules/linbreg.h"
+#include "rules/linbreg_momentum.h"
+#include "rules/proxsgd.h"
+#include "rules/proxsgd_momentum.h"
+
+#define BREGMAN_RULES(X)                  \
+  X(LinBreg, linbreg)                     \
+  X(LinBregMomentum, linbreg_momentum)    \
+  X(AdaBreg, adabreg)                     \
+  X(ProxSGD, proxsgd)                     \
+  X(ProxSGDMomentum, proxsgd_momentum)
