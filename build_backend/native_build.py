@@ -1,0 +1,168 @@
+"""Build the kernels: two plain shared libraries that `torch.ops.load_library` loads.
+
+They use LibTorch's stable ABI and no Python C API, so one build serves every torch >= 2.10 and every
+Python.  CPU kernels need a C++ compiler; CUDA kernels also nvcc of the CUDA major that torch was
+built with.  What cannot be built is left out with a one-line reason, unless BREGMAN_CUDA_REQUIRE
+asks for it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from compiling import Job, compile_all, max_jobs, run
+from find_torch import Torch, find_torch
+from toolchain import Cxx, Missing, Nvcc, find_cxx, find_nvcc, gencode_flags, parse_archs, skip_requested
+
+CPU_SOURCES = ("csrc/torch/cpu_ops.cpp", "csrc/cpu/*.cpp")
+CUDA_SOURCES = ("csrc/torch/cuda_ops.cpp", "csrc/cuda/*.cu")
+OUTPUTS = ("_C_cpu.so", "_C_cuda.so", "_build.json")
+
+TARGET_VERSION = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # runs on torch >= 2.10
+# No contraction and no fast-math: the kernels equal the reference bit for bit.  Dropping the IEEE
+# exception flags changes no value, and GCC vectorises comparisons only then.
+CXX_FLAGS = ("-O3", "-std=c++20", "-fPIC", "-Wall", "-fvisibility=hidden")
+CXX_OPTIONAL = ("-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno")
+NVCC_FLAGS = (
+    "-O3", "-std=c++20", "-fmad=false", "-lineinfo", "-Xfatbin=-compress-all",
+    "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-Wall,-fvisibility=hidden",
+)  # fmt: skip
+
+
+@dataclass
+class Report:
+    """What was built; the content of `bregman_cuda/_build.json`."""
+
+    version: str
+    torch: str | None = None
+    cpu: bool = False
+    cuda: bool = False
+    cuda_archs: tuple[str, ...] = ()
+    nvcc: str | None = None
+    cxx: str | None = None
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(vars(self), indent=2) + "\n", encoding="utf-8")
+
+
+class NativeBuild:
+    """One build: `root` holds csrc, `out` receives the libraries, `temp` the objects."""
+
+    def __init__(self, root: Path, out: Path, temp: Path, version: str, env: Mapping[str, str] = os.environ) -> None:
+        self.root, self.out, self.temp, self.env = root, out, temp, env
+        self.report = Report(version)
+
+    def run(self) -> Report:
+        """Build what can be built and write the report; Missing where a required part cannot be."""
+        required = self.env.get("BREGMAN_CUDA_REQUIRE", "")
+        if required not in ("", "cpu", "cuda"):
+            raise Missing(f"BREGMAN_CUDA_REQUIRE={required!r} is neither cpu nor cuda")
+        self.out.mkdir(parents=True, exist_ok=True)
+        for name in OUTPUTS:  # an earlier build, with other tools, may have left some
+            (self.out / name).unlink(missing_ok=True)
+        self._attempt("cpu", self._build_cpu)
+        self._attempt("cuda", self._build_cuda)
+        self.report.write(self.out / "_build.json")
+        wanted = {"": (), "cpu": ("cpu",), "cuda": ("cpu", "cuda")}[required]
+        for part in wanted:
+            if part in self.report.reasons:
+                reason = self.report.reasons[part]
+                raise Missing(f"BREGMAN_CUDA_REQUIRE={required}, but no {part} kernels: {reason}")
+        return self.report
+
+    def _attempt(self, part: str, build: Callable[[], str]) -> None:
+        """Run one part; a reason why not goes into the report, a line either way to the log."""
+        try:
+            line = f"built the {part.upper()} kernels {build()}"
+            setattr(self.report, part, True)
+        except Missing as missing:
+            self.report.reasons[part] = str(missing)
+            line = f"no {part.upper()} kernels: {missing}"
+        print(f"bregman_cuda: {line}", flush=True)
+
+    def _build_cpu(self) -> str:
+        torch, cxx = self._torch(), find_cxx(self.env)
+        self.report.torch, self.report.cxx = torch.version, cxx.version
+        objects = self._compile(self._jobs(CPU_SOURCES, self._cxx_command(cxx, torch)))
+        libraries = [f"-L{torch.folder / 'lib'}", "-ltorch_cpu"]
+        if sys.platform == "linux":  # a symbol that torch lacks shows now, not at import
+            libraries = ["-Wl,--as-needed", *libraries, "-Wl,--no-undefined"]
+        flags = self.env.get("LDFLAGS", "").split()
+        self._link([*cxx.command, "-shared", *flags], objects, libraries, "_C_cpu.so")
+        return f"with {cxx.version} against {torch}"
+
+    def _build_cuda(self) -> str:
+        if not self.report.cpu:
+            raise Missing("they need the CPU module, which was not built")
+        torch = self._torch()
+        if torch.cuda is None:
+            raise Missing(f"{torch} is not a CUDA build of torch")
+        nvcc, cxx = find_nvcc(self.env), find_cxx(self.env)
+        if nvcc.release.partition(".")[0] != torch.cuda.partition(".")[0]:
+            raise Missing(f"nvcc is of CUDA {nvcc.release}, torch {torch.version} of {torch.cuda}")
+        archs = parse_archs(self.env.get("TORCH_CUDA_ARCH_LIST"), nvcc)
+        self.report.nvcc, self.report.cuda_archs = nvcc.release, tuple(archs)
+
+        include = [f"-isystem{nvcc.include}"] if nvcc.include else []
+        binding = [*self._cxx_command(cxx, torch), "-DUSE_CUDA", *include]
+        jobs = self._jobs(CUDA_SOURCES[1:], self._nvcc_command(nvcc, cxx, archs))
+        jobs += self._jobs(CUDA_SOURCES[:1], binding)
+        objects = self._compile(jobs)
+        # aoti_torch_get_current_cuda_stream is libtorch_cuda's, which libtorch brings along.
+        libraries = [f"-L{torch.folder / 'lib'}", "-Xlinker=--no-as-needed", "-ltorch"]
+        libraries += ["-Xlinker=--as-needed", "-ltorch_cpu", "-ltorch_cuda"]
+        self._link([nvcc.path, "-shared", "-cudart=static"], objects, libraries, "_C_cuda.so")
+        return f"for {';'.join(archs)} with nvcc {nvcc.release} against {torch}"
+
+    def _torch(self) -> Torch:
+        if skip_requested(self.env):
+            raise Missing("BREGMAN_CUDA_SKIP_EXT is set")
+        if sys.platform not in ("linux", "darwin"):
+            raise Missing(f"kernels are built on Linux and macOS only, not on {sys.platform}")
+        torch = find_torch()
+        if torch is None:
+            raise Missing("no torch to build against (install torch>=2.10, then reinstall)")
+        if torch.problem:
+            raise Missing(torch.problem)
+        return torch
+
+    def _cxx_command(self, cxx: Cxx, torch: Torch) -> list[str]:
+        users = self.env.get("CXXFLAGS", "").split()
+        hide = f"-ffile-prefix-map={torch.folder}=torch"  # no path of this machine in the library
+        optional = [flag for flag in (*CXX_OPTIONAL, hide) if cxx.accepts(flag)]
+        return [*cxx.command, *users, *CXX_FLAGS, *optional, *self._includes(torch)]
+
+    def _nvcc_command(self, nvcc: Nvcc, cxx: Cxx, archs: list[str]) -> list[str]:
+        files = len(self._sources(CUDA_SOURCES[1:]))
+        threads = max(1, max_jobs(self.env) // max(1, files))  # spare CPUs: architectures at once
+        host = [f"-ccbin={cxx.command[0]}"] if self.env.get("CXX") else []
+        return [nvcc.path, *NVCC_FLAGS, *gencode_flags(archs), *host, f"--threads={threads}", "-Icsrc"]
+
+    def _includes(self, torch: Torch) -> list[str]:
+        # The version is part of the command so that an upgraded torch recompiles.
+        built_on = f'-DBREGMAN_BUILT_ON_TORCH="{torch.version}"'
+        return ["-Icsrc", f"-isystem{torch.folder / 'include'}", TARGET_VERSION, built_on]
+
+    def _sources(self, patterns: tuple[str, ...]) -> list[Path]:
+        files = [file for pattern in patterns for file in sorted(self.root.glob(pattern))]
+        if not files:
+            raise Missing(f"no sources at {' '.join(patterns)}")
+        return [file.relative_to(self.root) for file in files]
+
+    def _jobs(self, patterns: tuple[str, ...], command: list[str]) -> list[Job]:
+        objects = self.temp.resolve()
+        return [Job(source, objects / f"{source}.o", tuple(command)) for source in self._sources(patterns)]
+
+    def _compile(self, jobs: list[Job]) -> list[str]:
+        return compile_all(jobs, self.root, max_jobs(self.env))
+
+    def _link(self, command: list[str], objects: list[str], libraries: list[str], name: str) -> None:
+        partial = self.out / f"{name}.partial"  # a link that is broken off leaves no half library
+        run([*command, *objects, *libraries, "-o", str(partial)], self.root, f"linking {name}")
+        partial.replace(self.out / name)
