@@ -1,0 +1,10 @@
+"""Sparse starts, parameter groups and density reports."""
+
+from .groups import param_groups as param_groups
+from .init import SparseInitReport as SparseInitReport
+from .init import sparse_init_ as sparse_init_
+from .report import DensityReport as DensityReport
+from .report import DensityRow as DensityRow
+from .report import density as density
+
+__all__ = ["DensityReport", "DensityRow", "SparseInitReport", "density", "param_groups", "sparse_init_"]
