@@ -15,6 +15,11 @@ from ._rule import Hyper, Rule, State
 from .linbreg import BregmanRule, check_delta, check_momentum
 
 
+def square_root(x: Tensor) -> Tensor:
+    """Correctly rounded in fp32, as in the kernels; torch's own (MKL on the CPU) is off by an ulp in 3% of cases."""
+    return x.double().sqrt().to(x.dtype)
+
+
 class AdaBregRule(BregmanRule):
     """csrc/math/rules/adabreg.h"""
 
@@ -38,7 +43,7 @@ class AdaBregRule(BregmanRule):
         dual, mean, square = state["dual"], state["exp_avg"], state["exp_avg_sq"]
         mean.copy_(mean * h["beta1"] + grad * h["one_minus_beta1"])
         square.copy_(square * h["beta2"] + grad * grad * h["one_minus_beta2"])
-        dual.copy_(dual - mean * h["rate"] / (square.sqrt() * h["root_correction"] + h["eps"]))
+        dual.copy_(dual - mean * h["rate"] / (square_root(square) * h["root_correction"] + h["eps"]))
         return dual * h["delta"], h["delta"]
 
 

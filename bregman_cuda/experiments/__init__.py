@@ -1,0 +1,1 @@
+"""Training experiments: data, models, settings, the loop, and plots. `python -m bregman_cuda train` runs them."""

@@ -1,0 +1,150 @@
+// The step plan: which worker takes which piece of which tensor. Plain C++; a plan is one block of memory without
+// inner pointers, so that it can be copied to a device as it is.
+#pragma once
+
+#include <cstring>
+#include <stdexcept>
+
+#include "groups.h"
+
+namespace bregman {
+
+constexpr int kMaxSlots = 4;
+
+enum class DType : int32_t { f32 = 0, f64 = 1, bf16 = 2, fp16 = 3 };
+
+struct TensorRecord {
+  void* param;
+  void* state[kMaxSlots];
+  const uint64_t* mask;  // one bit per element in memory order, or null
+  int64_t numel;
+  GroupLayout layout;
+  double weight;  // of each group
+};
+
+// Separable: `count` elements from `begin`. Grouped: `count` neighbouring groups from group `begin`, all of one (g0, g1).
+struct Item {
+  int64_t begin;
+  int32_t count;
+  int32_t tensor;
+};
+
+struct PlanHeader {
+  int64_t bytes;
+  int32_t rule, dtype, slots, grouped;
+  int64_t tensors, items;
+  int64_t elements;           // of all tensors
+  int64_t scratch_elements;   // the largest tile
+  int64_t tile_capacity;      // elements that a worker can hold at once
+  int64_t record_offset, item_offset, shape_offset;
+};
+
+// How finely to cut; the numbers are each driver's own.
+struct Tuning {
+  int64_t chunk;         // elements per separable item, a multiple of 64
+  int64_t tile;          // elements that a tile of groups should hold
+  int64_t min_segment;   // contiguous elements below which a strided tile is not cut
+  int64_t max_groups;    // per tile
+  int64_t capacity;      // elements that fit on chip
+};
+
+struct TensorSpec {
+  void* param;
+  std::vector<void*> state;
+  const void* mask;
+  std::vector<int64_t> sizes, strides;
+  int64_t group_dims;  // bits, or -1 for separable
+  double weight;
+};
+
+struct PlanView {
+  const char* base;
+  const PlanHeader& header() const { return *reinterpret_cast<const PlanHeader*>(base); }
+  const TensorRecord* records() const { return reinterpret_cast<const TensorRecord*>(base + header().record_offset); }
+  const Item* items() const { return reinterpret_cast<const Item*>(base + header().item_offset); }
+  // Per tensor: offset of its entry, which holds ndim, sizes and strides.
+  const int64_t* shape(int64_t tensor) const {
+    const int64_t* table = reinterpret_cast<const int64_t*>(base + header().shape_offset);
+    return table + table[tensor];
+  }
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Groups per tile: enough to fill it and to read whole memory lines, never more than there are.
+inline int64_t groups_per_tile(const GroupLayout& layout, const Tuning& tuning) {
+  int64_t fill = tuning.tile / layout.group_size();
+  int64_t lines = layout.rows() == 1 ? 1 : ceil_div(tuning.min_segment, layout.r2);
+  // A line's worth of groups that cannot be held at once still has to fit row by row.
+  int64_t fits = std::max<int64_t>(1, tuning.capacity / layout.r2);
+  int64_t count = std::min(std::max({fill, lines, int64_t(1)}), fits);
+  return std::min({count, layout.g2, tuning.max_groups});
+}
+
+inline void cut(const TensorSpec& spec, const TensorRecord& record, int32_t index, const Tuning& tuning,
+                std::vector<Item>& items, int64_t& scratch) {
+  if (record.numel == 0) return;
+  if (spec.group_dims < 0) {
+    for (int64_t begin = 0; begin < record.numel; begin += tuning.chunk)
+      items.push_back({begin, int32_t(std::min(tuning.chunk, record.numel - begin)), index});
+    return;
+  }
+  const GroupLayout& layout = record.layout;
+  int64_t step = groups_per_tile(layout, tuning);
+  scratch = std::max(scratch, step * layout.group_size());
+  for (int64_t slab = 0; slab < layout.g0 * layout.g1; ++slab)
+    for (int64_t g2 = 0; g2 < layout.g2; g2 += step)
+      items.push_back({slab * layout.g2 + g2, int32_t(std::min(step, layout.g2 - g2)), index});
+}
+
+// Throws std::invalid_argument where kernels cannot serve a tensor.
+inline std::vector<char> make_plan(const std::vector<TensorSpec>& specs, int rule, DType dtype, int slots,
+                                   const Tuning& tuning) {
+  PlanHeader header{};
+  std::vector<TensorRecord> records;
+  std::vector<Item> items;
+  std::vector<int64_t> shapes(specs.size());
+  header.grouped = !specs.empty() && specs[0].group_dims >= 0;
+  for (size_t i = 0; i < specs.size(); ++i) {
+    const TensorSpec& spec = specs[i];
+    TensorRecord record{};
+    record.param = spec.param;
+    for (size_t k = 0; k < spec.state.size(); ++k) record.state[k] = spec.state[k];
+    record.mask = static_cast<const uint64_t*>(spec.mask);
+    record.weight = spec.weight;
+    record.numel = 1;
+    for (int64_t size : spec.sizes) record.numel *= size;
+    std::string why = why_not_dense(spec.sizes, spec.strides);
+    if (why.empty() && record.numel && spec.group_dims >= 0)
+      why = collapse(spec.sizes, spec.strides, spec.group_dims, record.layout);
+    if (!why.empty()) throw std::invalid_argument("tensor " + std::to_string(i) + ": " + why);
+    if ((spec.group_dims >= 0) != bool(header.grouped)) throw std::invalid_argument("a plan is separable or grouped");
+    cut(spec, record, int32_t(i), tuning, items, header.scratch_elements);
+    header.elements += record.numel;
+    records.push_back(record);
+    shapes[i] = int64_t(shapes.size());
+    shapes.push_back(int64_t(spec.sizes.size()));
+    shapes.insert(shapes.end(), spec.sizes.begin(), spec.sizes.end());
+    shapes.insert(shapes.end(), spec.strides.begin(), spec.strides.end());
+  }
+  header.rule = rule;
+  header.dtype = int32_t(dtype);
+  header.slots = slots;
+  header.tensors = int64_t(records.size());
+  header.items = int64_t(items.size());
+  header.tile_capacity = tuning.capacity;
+  header.record_offset = sizeof(PlanHeader);
+  header.item_offset = header.record_offset + int64_t(records.size() * sizeof(TensorRecord));
+  header.shape_offset = header.item_offset + int64_t(items.size() * sizeof(Item));
+  header.bytes = header.shape_offset + int64_t(shapes.size() * sizeof(int64_t));
+  std::vector<char> plan(size_t(header.bytes));
+  std::memcpy(plan.data(), &header, sizeof(header));
+  if (!records.empty())
+    std::memcpy(&plan[size_t(header.record_offset)], records.data(), records.size() * sizeof(TensorRecord));
+  if (!items.empty()) std::memcpy(&plan[size_t(header.item_offset)], items.data(), items.size() * sizeof(Item));
+  if (!shapes.empty())
+    std::memcpy(&plan[size_t(header.shape_offset)], shapes.data(), shapes.size() * sizeof(int64_t));
+  return plan;
+}
+
+}  // namespace bregman

@@ -1,0 +1,54 @@
+// The CPU module: defines the ops and runs them on torch's thread pool.
+#include "../cpu/step.h"
+#include "ops.h"
+
+namespace bregman {
+namespace {
+
+// A chunk of 16 K elements keeps its arrays in L2 and leaves enough items to share out.
+constexpr Tuning kTuning = {/*chunk=*/16384, /*tile=*/16384, /*min_segment=*/64, /*max_groups=*/1 << 20,
+                            /*capacity=*/int64_t(1) << 40};
+// Below this much work per thread, waking a thread costs more than it saves.
+constexpr int64_t kGrainElements = 16384;
+
+Tensor plan_cpu(const Tensors params, const Tensors state, const Tensors masks, const std::vector<int64_t> group_dims,
+                const std::vector<double> weights, int64_t rule) {
+  return plan_tensor(params, state, masks, group_dims, weights, rule, kTuning);
+}
+
+std::string isa() { return best_isa().name; }
+
+int64_t step_cpu(const Tensor plan_blob, const Tensor, const Tensors grads, const Tensor counts,
+                 const std::vector<int64_t> kinds, const std::vector<double> scalars) {
+  PlanView plan{static_cast<const char*>(plan_blob.data_ptr())};
+  check_step(plan, counts, kinds, scalars);
+  std::vector<const void*> pointers;
+  if (int64_t odd = check_grads(plan, grads, pointers); odd >= 0) return odd;
+  const PlanHeader& header = plan.header();
+  if (header.items == 0) return -1;
+  int32_t* out = counts.numel() ? static_cast<int32_t*>(counts.data_ptr()) : nullptr;
+  StepArgs args{int(kinds[1]), int(kinds[2]), scalars.data()};
+  const int64_t per_item = std::max<int64_t>(1, header.elements / header.items);
+  torch::stable::parallel_for(0, header.items, std::max<int64_t>(1, kGrainElements / per_item),
+                              [&](int64_t begin, int64_t end) {
+                                best_isa().run(plan, pointers.data(), args, out, begin, end);
+                              });
+  return -1;
+}
+
+STABLE_TORCH_LIBRARY(bregman_cuda, m) { BREGMAN_SCHEMA(m); }
+
+STABLE_TORCH_LIBRARY_IMPL(bregman_cuda, CompositeExplicitAutograd, m) {
+  m.impl("describe", TORCH_BOX(&describe));
+  m.impl("isa", TORCH_BOX(&isa));
+  m.impl("why_not", TORCH_BOX(&why_not));
+  m.impl("plan_items", TORCH_BOX(&plan_items));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(bregman_cuda, CPU, m) {
+  m.impl("plan", TORCH_BOX(&plan_cpu));
+  m.impl("step", TORCH_BOX(&step_cpu));
+}
+
+}  // namespace
+}  // namespace bregman

@@ -1,0 +1,171 @@
+// What the torch modules share: the schema, the checks at the border, and a plan from tensors. LibTorch stable ABI.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <string>
+#include <vector>
+
+#include "../math/penalty_list.h"
+#include "../math/rule_list.h"
+#include "../plan/plan.h"
+
+namespace bregman {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+
+// Ops mutate through the addresses in the plan; `step` returns the index of a gradient whose memory layout differs
+// from its parameter's (nothing was changed then), or -1.
+#define BREGMAN_SCHEMA(m)                                                                                          \
+  m.def("describe() -> str");                                                                                      \
+  m.def("isa() -> str");                                                                                           \
+  m.def("why_not(Tensor param, int group_dims) -> str");                                                           \
+  m.def(                                                                                                           \
+      "plan(Tensor[] params, Tensor[] state, Tensor[] masks, int[] group_dims, float[] weights, int rule) -> Tensor"); \
+  m.def("plan_items(Tensor plan) -> Tensor");                                                                      \
+  m.def(                                                                                                           \
+      "step(Tensor plan, Tensor device_plan, Tensor[] grads, Tensor(a!) counts, int[] kinds, float[] scalars) -> int")
+
+// One line per rule and penalty, from the lists: Python resolves names with it.
+inline std::string describe() {
+  std::string text;
+#define X(Functor, name) \
+  text += std::string("rule;" #name ";") + Functor::kSlotNames + ";" + Functor::kHyperNames + "\n";
+  BREGMAN_RULES(X)
+#undef X
+#define X(Functor, name) text += std::string("penalty;" #name ";") + Functor::kParameterNames + "\n";
+  BREGMAN_PENALTIES(X)
+#undef X
+  return text;
+}
+
+inline std::vector<int64_t> to_vector(torch::headeronly::IntHeaderOnlyArrayRef ref) {
+  return std::vector<int64_t>(ref.begin(), ref.end());
+}
+
+inline std::string why_not(const Tensor& param, int64_t group_dims) {
+  auto sizes = to_vector(param.sizes()), strides = to_vector(param.strides());
+  std::string why = why_not_dense(sizes, strides);
+  GroupLayout layout;
+  if (why.empty() && param.numel() && group_dims >= 0) why = collapse(sizes, strides, group_dims, layout);
+  return why;
+}
+
+inline DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::Double: return DType::f64;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::fp16;
+    default: break;
+  }
+  STD_TORCH_CHECK(false, "parameters must be float32, float64, bfloat16 or float16");
+  return DType::f32;
+}
+
+inline void check_rule(int64_t rule, bool sixteen_bits, size_t& slots) {
+  int64_t id = 0;
+#define X(Functor, name) \
+  if (rule == id++) slots = Functor::kStateSlots + (Functor::kReadsParam && sixteen_bits);
+  BREGMAN_RULES(X)
+#undef X
+  STD_TORCH_CHECK(rule >= 0 && rule < id, "rule ", rule, " is not one of the ", id, " compiled rules");
+}
+
+inline Tensor plan_tensor(const Tensors& params, const Tensors& state, const Tensors& masks,
+                          const std::vector<int64_t>& group_dims, const std::vector<double>& weights, int64_t rule,
+                          const Tuning& tuning) {
+  const size_t n = params.size();
+  STD_TORCH_CHECK(n > 0, "a plan needs at least one tensor");
+  const DType dtype = dtype_of(params[0]);
+  const bool sixteen = dtype == DType::bf16 || dtype == DType::fp16;
+  size_t slots = 0;
+  check_rule(rule, sixteen, slots);
+  STD_TORCH_CHECK(state.size() == n * slots, "expected ", n * slots, " state tensors (", slots, " for each of ", n,
+                  " parameters), got ", state.size());
+  STD_TORCH_CHECK(masks.size() == n && group_dims.size() == n && weights.size() == n, "expected ", n,
+                  " masks, group_dims and weights, got ", masks.size(), ", ", group_dims.size(), " and ", weights.size());
+  const ScalarType wide = dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
+  std::vector<TensorSpec> specs;
+  for (size_t i = 0; i < n; ++i) {
+    const Tensor& p = params[i];
+    STD_TORCH_CHECK(dtype_of(p) == dtype, "params[", i, "] has another dtype than params[0]");
+    TensorSpec spec{p.data_ptr(), {}, nullptr, to_vector(p.sizes()), to_vector(p.strides()), group_dims[i], weights[i]};
+    for (size_t k = 0; k < slots; ++k) {
+      const Tensor& s = state[i * slots + k];
+      STD_TORCH_CHECK(s.scalar_type() == wide, "state ", k, " of params[", i, "] must be ",
+                      dtype == DType::f64 ? "float64" : "float32");
+      STD_TORCH_CHECK(to_vector(s.sizes()) == spec.sizes && (p.numel() == 0 || to_vector(s.strides()) == spec.strides),
+                      "state ", k, " of params[", i, "] differs from it in shape or strides");
+      spec.state.push_back(s.data_ptr());
+    }
+    if (masks[i].numel()) {
+      STD_TORCH_CHECK(masks[i].numel() == ceil_div(p.numel(), 64) * 8, "the packed mask of params[", i, "] has ",
+                      masks[i].numel(), " bytes, expected ", ceil_div(p.numel(), 64) * 8);
+      spec.mask = masks[i].data_ptr();
+    }
+    specs.push_back(std::move(spec));
+  }
+  std::vector<char> plan;
+  try {
+    plan = make_plan(specs, int(rule), dtype, int(slots), tuning);
+  } catch (const std::invalid_argument& error) {
+    STD_TORCH_CHECK(false, error.what());
+  }
+  Tensor blob = torch::stable::empty({int64_t(plan.size())}, ScalarType::Byte);
+  std::memcpy(blob.data_ptr(), plan.data(), plan.size());
+  return blob;
+}
+
+inline Tensor plan_items(const Tensor& plan) {
+  PlanView view{static_cast<const char*>(plan.data_ptr())};
+  const int64_t n = view.header().items;
+  Tensor result = torch::stable::empty({n}, ScalarType::Long);
+  int64_t* out = static_cast<int64_t*>(result.data_ptr());
+  for (int64_t i = 0; i < n; ++i) out[i] = view.items()[i].tensor;
+  return result;
+}
+
+// Fills `pointers` with the gradients' addresses; returns the first one whose strides differ from its parameter's.
+inline int64_t check_grads(const PlanView& plan, const Tensors& grads, std::vector<const void*>& pointers) {
+  const PlanHeader& header = plan.header();
+  STD_TORCH_CHECK(int64_t(grads.size()) == header.tensors, "expected ", header.tensors, " gradients, got ", grads.size());
+  pointers.resize(grads.size());
+  for (size_t i = 0; i < grads.size(); ++i) {
+    const Tensor& g = grads[i];
+    const int64_t* shape = plan.shape(int64_t(i));
+    const int64_t ndim = shape[0];
+    auto sizes = g.sizes(), strides = g.strides();
+    STD_TORCH_CHECK(int64_t(sizes.size()) == ndim && std::equal(sizes.begin(), sizes.end(), shape + 1), "grads[", i,
+                    "] differs in shape from its parameter");
+    STD_TORCH_CHECK(int32_t(dtype_of(g)) == header.dtype, "grads[", i, "] differs in dtype from its parameter");
+    for (int64_t d = 0; d < ndim; ++d)
+      if (shape[1 + d] > 1 && strides[d] != shape[1 + ndim + d] && plan.records()[i].numel) return int64_t(i);
+    pointers[i] = g.data_ptr();
+  }
+  return -1;
+}
+
+inline void check_step(const PlanView& plan, const Tensor& counts, const std::vector<int64_t>& kinds,
+                       const std::vector<double>& scalars) {
+  size_t hypers = 0;
+  int64_t id = 0;
+#define X(Functor, name) \
+  if (plan.header().rule == id++) hypers = sizeof(Functor::Hyper<double>) / sizeof(double);
+  BREGMAN_RULES(X)
+#undef X
+  STD_TORCH_CHECK(kinds.size() == 3 && kinds[0] == plan.header().rule, "kinds must be [rule, elementwise, radial], with "
+                  "the plan's rule ", plan.header().rule);
+  STD_TORCH_CHECK(scalars.size() == 1 + hypers + 4, "expected ", 1 + hypers + 4, " scalars, got ", scalars.size());
+  STD_TORCH_CHECK(counts.numel() == 0 || (counts.numel() == 2 * plan.header().items &&
+                                          counts.scalar_type() == ScalarType::Int && counts.is_contiguous()),
+                  "counts must be empty or int32 of shape (", plan.header().items, ", 2)");
+}
+
+}  // namespace bregman
