@@ -1,0 +1,192 @@
+// Properties of the step plan: every element in exactly one item, every group whole and in one tile.
+#include <map>
+#include <numeric>
+#include <random>
+#include <set>
+
+#include "check.h"
+#include "plan/plan.h"
+
+namespace {
+
+using namespace bregman;
+using Dims = std::vector<int64_t>;
+
+std::mt19937 g_random(1);
+int64_t pick(const Dims& from) { return from[g_random() % from.size()]; }
+
+int64_t product(const Dims& sizes) { return std::accumulate(sizes.begin(), sizes.end(), int64_t(1), std::multiplies<>()); }
+
+Dims dense_strides(const Dims& sizes, const std::vector<int>& outer_to_inner) {
+  Dims strides(sizes.size());
+  int64_t next = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[outer_to_inner[i]] = next;
+    next *= std::max<int64_t>(1, sizes[outer_to_inner[i]]);
+  }
+  return strides;
+}
+
+std::vector<int> in_order(size_t ndim) {
+  std::vector<int> order(ndim);
+  std::iota(order.begin(), order.end(), 0);
+  return order;
+}
+
+TensorSpec spec_of(const Dims& sizes, const Dims& strides, int64_t group_dims) {
+  void* const fake = reinterpret_cast<void*>(0x1000);  // a plan never looks at the data
+  return {fake, {fake, fake}, nullptr, sizes, strides, group_dims, 1.5};
+}
+
+TensorSpec random_spec(bool grouped) {
+  Dims sizes(g_random() % 6);
+  for (int64_t& size : sizes) size = pick({1, 1, 2, 3, 4, 5, 7});
+  if (!sizes.empty() && g_random() % 16 == 0) sizes[g_random() % sizes.size()] = 0;
+  if (!sizes.empty() && g_random() % 8 == 0) sizes[g_random() % sizes.size()] = pick({31, 64, 129});
+  std::vector<int> order = in_order(sizes.size());
+  if (g_random() % 2) std::shuffle(order.begin(), order.end(), g_random);
+  return spec_of(sizes, dense_strides(sizes, order), grouped ? int64_t(g_random() % (1u << sizes.size())) : -1);
+}
+
+Tuning random_tuning() {
+  return {pick({64, 128, 4096}), pick({1, 64, 256}), pick({1, 8, 32}), pick({1, 3, 1024}), pick({64, 512, 1 << 20})};
+}
+
+// The oracle: which group the element at each memory offset belongs to, by walking the tensor's own indices.
+std::vector<int64_t> group_of_offset(const TensorSpec& spec) {
+  std::vector<int64_t> groups(product(spec.sizes), -1);
+  Dims index(spec.sizes.size());
+  for (size_t n = 0; n < groups.size(); ++n) {
+    int64_t offset = 0, group = 0;
+    for (size_t d = 0; d < index.size(); ++d) {
+      offset += index[d] * spec.strides[d];
+      if (spec.group_dims >> d & 1) group = group * spec.sizes[d] + index[d];
+    }
+    groups[offset] = group;
+    for (size_t d = index.size(); d-- > 0;) {
+      if (++index[d] < spec.sizes[d]) break;
+      index[d] = 0;
+    }
+  }
+  return groups;
+}
+
+// The memory offsets of group number `group` of a layout, as groups.h defines it.
+std::vector<int64_t> offsets_of_group(const GroupLayout& g, int64_t group) {
+  const int64_t g2 = group % g.g2, g1 = group / g.g2 % g.g1, g0 = group / g.g2 / g.g1;
+  std::vector<int64_t> offsets;
+  for (int64_t r0 = 0; r0 < g.r0; ++r0)
+    for (int64_t r1 = 0; r1 < g.r1; ++r1)
+      for (int64_t r2 = 0; r2 < g.r2; ++r2)
+        offsets.push_back(((((g0 * g.r0 + r0) * g.g1 + g1) * g.r1 + r1) * g.g2 + g2) * g.r2 + r2);
+  return offsets;
+}
+
+void check_tensor(const PlanView& plan, int tensor, const TensorSpec& spec, const Tuning& tuning) {
+  const std::vector<int64_t> oracle = group_of_offset(spec);
+  const TensorRecord& record = plan.records()[tensor];
+  std::vector<int> seen(oracle.size());
+  std::map<int64_t, int> items_of_group;
+  CHECK(record.numel == int64_t(oracle.size()) && record.param == spec.param && record.weight == spec.weight);
+  for (int64_t i = 0; i < plan.header().items; ++i) {
+    const Item& item = plan.items()[i];
+    if (item.tensor != tensor) continue;
+    CHECK(item.count > 0);
+    if (spec.group_dims < 0) {
+      CHECK(item.begin % 64 == 0 && item.count <= tuning.chunk);
+      for (int64_t e = item.begin; e < item.begin + item.count; ++e) ++seen.at(e);
+      continue;
+    }
+    const GroupLayout& g = record.layout;
+    CHECK(item.begin / g.g2 == (item.begin + item.count - 1) / g.g2, "a tile crosses (g0, g1)");
+    CHECK(item.count <= tuning.max_groups && item.count * g.group_size() <= plan.header().scratch_elements);
+    for (int64_t group = item.begin; group < item.begin + item.count; ++group) {
+      const std::vector<int64_t> offsets = offsets_of_group(g, group);
+      ++items_of_group[oracle.at(offsets[0])];
+      for (int64_t offset : offsets) {
+        ++seen.at(offset);
+        CHECK(oracle.at(offset) == oracle.at(offsets[0]), "a group mixes elements of two");
+      }
+    }
+  }
+  for (size_t e = 0; e < seen.size(); ++e) CHECK(seen[e] == 1, "element %zu is in %d items", e, seen[e]);
+  for (const auto& [group, count] : items_of_group) CHECK(count == 1, "group %ld is in %d items", long(group), count);
+}
+
+void check_random_plans() {
+  for (int round = 0; round < 3000; ++round) {
+    const bool grouped = round % 2;
+    const Tuning tuning = random_tuning();
+    std::vector<TensorSpec> specs(g_random() % 5);
+    for (TensorSpec& spec : specs) spec = random_spec(grouped);
+    const std::vector<char> memory = make_plan(specs, 2, DType::bf16, 2, tuning);
+    const std::vector<char> copy = memory;  // as an upload does
+    const PlanView plan{copy.data()};
+    const PlanHeader& header = plan.header();
+    CHECK(header.bytes == int64_t(copy.size()) && header.tensors == int64_t(specs.size()));
+    CHECK(header.rule == 2 && header.dtype == int32_t(DType::bf16) && header.slots == 2);
+    int64_t elements = 0;
+    for (size_t t = 0; t < specs.size(); ++t) {
+      check_tensor(plan, int(t), specs[t], tuning);
+      elements += product(specs[t].sizes);
+      const int64_t* shape = plan.shape(int64_t(t));
+      const size_t ndim = specs[t].sizes.size();
+      CHECK(shape[0] == int64_t(ndim));
+      CHECK(std::equal(specs[t].sizes.begin(), specs[t].sizes.end(), shape + 1));
+      CHECK(std::equal(specs[t].strides.begin(), specs[t].strides.end(), shape + 1 + ndim));
+    }
+    CHECK(header.elements == elements);
+  }
+}
+
+// More than 2^31 elements: the items follow each other without gap or overlap up to the end.
+void check_large(const Dims& sizes, int64_t group_dims, int64_t expected_units) {
+  const Tuning tuning{1 << 16, 1 << 14, 32, 1024, 1 << 20};
+  const TensorSpec large = spec_of(sizes, dense_strides(sizes, in_order(sizes.size())), group_dims);
+  const TensorSpec empty = spec_of({0, 3}, {3, 1}, group_dims);
+  const std::vector<char> memory = make_plan({empty, large, empty}, 0, DType::f32, 1, tuning);
+  const PlanView plan{memory.data()};
+  int64_t next = 0;
+  for (int64_t i = 0; i < plan.header().items; ++i) {
+    const Item& item = plan.items()[i];
+    CHECK(item.tensor == 1 && item.begin == next && item.count > 0, "item %ld", long(i));
+    next = item.begin + item.count;
+  }
+  CHECK(next == expected_units, "%ld units instead of %ld", long(next), long(expected_units));
+  CHECK(plan.header().elements == product(sizes) && product(sizes) > int64_t(1) << 31);
+}
+
+template <class F> bool refuses(F make) {
+  try {
+    make();
+  } catch (const std::invalid_argument&) {
+    return true;
+  }
+  return false;
+}
+
+void check_refusals() {
+  const Tuning tuning{64, 64, 8, 64, 512};
+  const auto plan = [&](std::vector<TensorSpec> specs) { return make_plan(specs, 0, DType::f32, 1, tuning); };
+  CHECK(refuses([&] { plan({spec_of({4, 3}, {0, 1}, -1)}); }), "an expanded view");
+  CHECK(refuses([&] { plan({spec_of({4, 3}, {6, 2}, -1)}); }), "every second column");
+  CHECK(refuses([&] { plan({spec_of({4, 3}, {1, 1}, -1)}); }), "overlapping rows");
+  CHECK(refuses([&] { plan({spec_of({4}, {1}, -1), spec_of({4}, {1}, 1)}); }), "separable and grouped in one plan");
+  const Dims seven(7, 2);
+  CHECK(refuses([&] { plan({spec_of(seven, dense_strides(seven, in_order(7)), 0b0101010)}); }), "seven runs");
+  CHECK(!refuses([&] { plan({spec_of({4, 1, 3}, {3, 77, 1}, 1)}); }), "the stride of a size-1 dim is free");
+  CHECK(!refuses([&] { plan({}); }), "no tensors");
+}
+
+}  // namespace
+
+int main() {
+  check_random_plans();
+  check_large({3, (int64_t(1) << 30) + 5}, -1, 3 * ((int64_t(1) << 30) + 5));
+  check_large({(1 << 20) + 1, 4099}, 0b01, (1 << 20) + 1);            // rows
+  check_large({4099, (1 << 20) + 1}, 0b10, (1 << 20) + 1);            // columns
+  check_large({70001, 513, 7, 9}, 0b11, int64_t(70001) * 513);        // kernels
+  check_large({70001, 513, 7, 9}, 0b10, 513);                         // input channels
+  check_refusals();
+  return report();
+}
