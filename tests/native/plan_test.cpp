@@ -187,6 +187,7 @@ int main() {
   check_large({4099, (1 << 20) + 1}, 0b10, (1 << 20) + 1);            // columns
   check_large({70001, 513, 7, 9}, 0b11, int64_t(70001) * 513);        // kernels
   check_large({70001, 513, 7, 9}, 0b10, 513);                         // input channels
+  check_large({40000, 3, 53700}, 0b101, int64_t(40000) * 53700);      // more than 2^31 groups
   check_refusals();
   return report();
 }
