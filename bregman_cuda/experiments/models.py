@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
+MODELS = ("mlp", "convnet")
+
 
 def mlp(inputs: int, classes: int, hidden: Sequence[int] = (200, 80)) -> nn.Sequential:
     """Fully connected ReLU network, without ReLU on the logits (with it, they die under a large step)."""

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .. import optim
-from ..sparsity import density, param_groups, sparse_init_
+from ..sparsity import DensityReport, density, param_groups, sparse_init_
 from .data import Dataset
 from .models import build
 from .settings import Setting
@@ -41,12 +41,25 @@ class Run:
     data: str
     seed: int
     epochs: list[Epoch] = field(default_factory=list)
-    density_by_tensor: dict[str, float] = field(default_factory=dict)
+    weights: DensityReport | None = None  # at the end
     diverged: bool = False
 
     @property
     def last(self) -> Epoch:
         return self.epochs[-1]
+
+    @property
+    def kernel_density(self) -> float | None:
+        """Share of convolution kernels that are not zero (the paper's N_conv); None without convolutions."""
+        rows = self.weights.rows if self.weights else []
+        total = sum(row.groups or 0 for row in rows)
+        return sum(row.nonzero_groups or 0 for row in rows) / total if total else None
+
+    @property
+    def linear_density(self) -> float | None:
+        """Share of non-zeros in the weights of Linear layers (the paper's N_linear)."""
+        rows = [row for row in self.weights.rows if row.groups is None] if self.weights else []
+        return DensityReport(rows).density if rows else None
 
     @property
     def seconds_per_epoch(self) -> float:
@@ -116,7 +129,7 @@ def train(
             run.diverged = True
             break
         schedule(loss)
-    run.density_by_tensor = {row.name: row.density for row in density(model).rows}
+    run.weights = density(model)
     return run
 
 

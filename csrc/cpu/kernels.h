@@ -7,6 +7,7 @@
 #include "../math/dtypes.h"
 #include "../math/radial.h"
 #include "../math/rule_list.h"
+#include "../math/scalars.h"
 #include "../plan/plan.h"
 #include "step.h"
 
@@ -16,25 +17,6 @@ constexpr int kBlock = 64;  // elements per mask word
 
 template <class C>
 using flag_t = std::conditional_t<sizeof(C) == 8, int64_t, int32_t>;
-
-// Everything of a step that is the same for all elements.
-template <class Rule, class C>
-struct Scalars {
-  C grad_scale;
-  typename Rule::template Hyper<C> h;
-  Penalty<C> elementwise, radial;
-
-  explicit Scalars(const StepArgs& args) {
-    constexpr int n = sizeof(h) / sizeof(C);
-    C values[n];
-    grad_scale = C(args.scalars[0]);
-    for (int i = 0; i < n; ++i) values[i] = C(args.scalars[1 + i]);
-    __builtin_memcpy(&h, values, sizeof(h));
-    const double* k = args.scalars + 1 + n;
-    elementwise = {args.elementwise, C(k[0]), C(k[1])};
-    radial = {args.radial, C(k[2]), C(k[3])};
-  }
-};
 
 // The arrays of one tensor, and how one element is loaded and stored.
 template <class Rule, class T>
@@ -171,7 +153,7 @@ template <class Rule, class Elementwise, class T>
 void run_separable(const PlanView& plan, const Item& item, const void* grad, const StepArgs& args, int32_t* counts) {
   using C = compute_t<T>;
   const TensorRecord& t = plan.records()[item.tensor];
-  Scalars<Rule, C> k(args);
+  const auto k = Scalars<Rule, C>::from(args);
   Arrays<Rule, T> a(t, grad);
   int32_t count = 0;
   if (t.mask == nullptr) {
@@ -210,7 +192,7 @@ void run_grouped(const PlanView& plan, const Item& item, const void* grad, const
   using C = compute_t<T>;
   const TensorRecord& t = plan.records()[item.tensor];
   const GroupLayout& g = t.layout;
-  Scalars<Rule, C> k(args);
+  const auto k = Scalars<Rule, C>::from(args);
   Arrays<Rule, T> a(t, grad);
   const int64_t rows = g.rows(), columns = item.count * g.r2;
   const int64_t slab = item.begin / g.g2, first = item.begin % g.g2;
@@ -292,12 +274,6 @@ RunItem pick_dtype(DType dtype, const StepArgs& args, bool grouped) {
   }
   return nullptr;
 }
-
-enum RuleId : int {
-#define X(Functor, name) rule_##name,
-  BREGMAN_RULES(X)
-#undef X
-};
 
 // Runs items [begin, end) of a plan.
 inline void run_items(const PlanView& plan, const void* const* grads, const StepArgs& args, int32_t* counts,

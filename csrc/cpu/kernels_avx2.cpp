@@ -1,5 +1,6 @@
 // The CPU loops for AVX2. Standard headers come first: only our own code may use these instructions.
 #if defined(__x86_64__)
+#define BREGMAN_ISA avx2
 #include "step.h"
 
 #include <algorithm>
@@ -13,7 +14,6 @@
 #pragma GCC target("avx2,f16c,bmi2")
 #endif
 
-#define BREGMAN_ISA avx2
 #include "kernels.h"
 
 namespace bregman {

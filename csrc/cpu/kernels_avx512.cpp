@@ -1,5 +1,6 @@
 // The CPU loops for AVX512. Standard headers come first: only our own code may use these instructions.
 #if defined(__x86_64__)
+#define BREGMAN_ISA avx512
 #include "step.h"
 
 #include <algorithm>
@@ -13,7 +14,6 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,f16c,bmi2,prefer-vector-width=512")
 #endif
 
-#define BREGMAN_ISA avx512
 #include "kernels.h"
 
 namespace bregman {

@@ -6,14 +6,9 @@
 #include <memory>
 #include <new>
 
-#include "../plan/plan.h"
+#include "../plan/step_args.h"
 
 namespace bregman {
-
-struct StepArgs {
-  int elementwise, radial;  // penalty ids
-  const double* scalars;    // grad_scale, the rule's Hyper, two parameters of each penalty
-};
 
 // Memory of one thread for tiles, kept between steps.
 class Scratch {

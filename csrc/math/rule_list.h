@@ -13,3 +13,13 @@
   X(AdaBreg, adabreg)                     \
   X(ProxSGD, proxsgd)                     \
   X(ProxSGDMomentum, proxsgd_momentum)
+
+BREGMAN_BEGIN
+
+enum RuleId : int {
+#define X(Functor, name) rule_##name,
+  BREGMAN_RULES(X)
+#undef X
+};
+
+BREGMAN_END

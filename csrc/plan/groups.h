@@ -6,6 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "../math/hd.h"
+
 namespace bregman {
 
 // A dense tensor in memory order, dimensions collapsed into alternating runs of group (G) and reduced (R) indices:
@@ -15,9 +17,9 @@ namespace bregman {
 struct GroupLayout {
   int64_t g0 = 1, r0 = 1, g1 = 1, r1 = 1, g2 = 1, r2 = 1;
 
-  int64_t groups() const { return g0 * g1 * g2; }
-  int64_t rows() const { return r0 * r1; }
-  int64_t group_size() const { return r0 * r1 * r2; }
+  BREGMAN_HD int64_t groups() const { return g0 * g1 * g2; }
+  BREGMAN_HD int64_t rows() const { return r0 * r1; }
+  BREGMAN_HD int64_t group_size() const { return r0 * r1 * r2; }
 };
 
 // Empty, or why a tensor is not dense: its elements must cover a memory range once, in any order of dimensions.

@@ -59,11 +59,11 @@ struct TensorSpec {
 
 struct PlanView {
   const char* base;
-  const PlanHeader& header() const { return *reinterpret_cast<const PlanHeader*>(base); }
-  const TensorRecord* records() const { return reinterpret_cast<const TensorRecord*>(base + header().record_offset); }
-  const Item* items() const { return reinterpret_cast<const Item*>(base + header().item_offset); }
+  BREGMAN_HD const PlanHeader& header() const { return *reinterpret_cast<const PlanHeader*>(base); }
+  BREGMAN_HD const TensorRecord* records() const { return reinterpret_cast<const TensorRecord*>(base + header().record_offset); }
+  BREGMAN_HD const Item* items() const { return reinterpret_cast<const Item*>(base + header().item_offset); }
   // Per tensor: offset of its entry, which holds ndim, sizes and strides.
-  const int64_t* shape(int64_t tensor) const {
+  BREGMAN_HD const int64_t* shape(int64_t tensor) const {
     const int64_t* table = reinterpret_cast<const int64_t*>(base + header().shape_offset);
     return table + table[tensor];
   }
@@ -77,8 +77,9 @@ inline int64_t groups_per_tile(const GroupLayout& layout, const Tuning& tuning) 
   int64_t lines = layout.rows() == 1 ? 1 : ceil_div(tuning.min_segment, layout.r2);
   // A line's worth of groups that cannot be held at once still has to fit row by row.
   int64_t fits = std::max<int64_t>(1, tuning.capacity / layout.r2);
-  int64_t count = std::min(std::max({fill, lines, int64_t(1)}), fits);
-  return std::min({count, layout.g2, tuning.max_groups});
+  int64_t count = std::min({std::max({fill, lines, int64_t(1)}), fits, tuning.max_groups});
+  if (count > 8) count -= count % 8;  // every tile but the last then begins and ends at a 16-byte boundary
+  return std::min(count, layout.g2);
 }
 
 inline void cut(const TensorSpec& spec, const TensorRecord& record, int32_t index, const Tuning& tuning,
@@ -117,6 +118,9 @@ inline std::vector<char> make_plan(const std::vector<TensorSpec>& specs, int rul
     std::string why = why_not_dense(spec.sizes, spec.strides);
     if (why.empty() && record.numel && spec.group_dims >= 0)
       why = collapse(spec.sizes, spec.strides, spec.group_dims, record.layout);
+    const GroupLayout& layout = record.layout;
+    if (why.empty() && layout.rows() > 1 && std::max(layout.rows(), layout.r2) > INT32_MAX)
+      why = "a group's rows do not fit 32-bit indices";
     if (!why.empty()) throw std::invalid_argument("tensor " + std::to_string(i) + ": " + why);
     if ((spec.group_dims >= 0) != bool(header.grouped)) throw std::invalid_argument("a plan is separable or grouped");
     cut(spec, record, int32_t(i), tuning, items, header.scratch_elements);

@@ -1,0 +1,193 @@
+"""The train command: options, progress, table, plot and JSON."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Optional
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ._backend import build_info
+from .experiments.data import DataError, Dataset, load
+from .experiments.models import MODELS
+from .experiments.plot import NAMES, save_plot
+from .experiments.settings import OPTIMIZERS, REGULARIZERS, Setting, default_model, default_setting, paper_figures
+from .experiments.train import Run, make_model, make_optimizer, train
+
+OptimizerName = Enum("OptimizerName", {name: name for name in (*OPTIMIZERS, "all")}, type=str)
+RegularizerName = Enum("RegularizerName", {name: name for name in REGULARIZERS}, type=str)
+ModelName = Enum("ModelName", {name: name for name in MODELS}, type=str)
+DeviceName = Enum("DeviceName", {name: name for name in ("auto", "cpu", "cuda")}, type=str)
+_DEFAULT_OPTIMIZERS = ("adabreg", "linbreg", "adam")
+
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
+
+
+@app.command(name="train")
+def train_command(
+    data: Annotated[str, typer.Option(help="digits, fashion-mnist, or a folder with the four IDX files.")] = "digits",
+    model: Annotated[Optional[ModelName], typer.Option(help="Default: what fits the data.")] = None,
+    optimizer: Annotated[
+        Optional[list[OptimizerName]], typer.Option(help="Repeat it, or all. Default: adabreg, linbreg and adam.")
+    ] = None,
+    reg: Annotated[
+        Optional[RegularizerName], typer.Option(help="Default: l1; group-kernel for the convnet.")
+    ] = None,
+    lam: Annotated[Optional[float], typer.Option(help="Strength of the regularizer.")] = None,
+    lr: Annotated[Optional[float], typer.Option(help="Step size.")] = None,
+    delta: Annotated[Optional[float], typer.Option(help="Elastic-net parameter of LinBreg and AdaBreg.")] = None,
+    density: Annotated[Optional[float], typer.Option(help="Share of weights that are not zero at the start.")] = None,
+    epochs: Annotated[Optional[int], typer.Option(min=1, help="Passes over the data.")] = None,
+    batch_size: Annotated[Optional[int], typer.Option(min=1, help="Samples per step.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the initialisation and the order of the samples.")] = 0,
+    fused: Annotated[
+        Optional[bool], typer.Option("--fused/--no-fused", help="Kernels or an error / plain torch. Default: what serves.")
+    ] = None,
+    device: Annotated[DeviceName, typer.Option(help="auto: cuda where there is one.")] = DeviceName.auto,  # type: ignore[attr-defined]
+    out: Annotated[Path, typer.Option(help="Folder for training.png and training.json.")] = Path("bregman-train"),
+) -> None:
+    """Train a sparse network from scratch with one or more optimizers, and compare them.
+
+    Options that are not given come from tuned settings for the data, the model and each optimizer.
+    """
+    _require_extras(data)
+    dataset = load(data)
+    names = _optimizer_names([choice.value for choice in optimizer or ()])
+    model_name = model.value if model else default_model(data, dataset.train_x.shape[2:])
+    given = dict(lam=lam, lr=lr, delta=delta, density=density, epochs=epochs, batch_size=batch_size)
+    settings = [default_setting(data, model_name, name, reg.value if reg else None, **given) for name in names]
+    where = _device(device.value, fused)
+    for setting in settings:  # whatever is wrong with an option shows here, before anything is trained or written
+        make_optimizer(make_model(setting, dataset, seed), setting, fused)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be made a folder ({error.strerror}); choose another one") from None
+    console = Console()
+    runs = _train_all(settings, dataset, seed, fused, where, console)
+    console.print(_table(runs))
+    save_plot(runs, out / "training.png")
+    (out / "training.json").write_text(json.dumps(_numbers(runs, where), indent=1) + "\n")
+    console.print(f"wrote {out / 'training.png'} and {out / 'training.json'}", soft_wrap=True, highlight=False)
+
+
+def run_train(arguments: Sequence[str]) -> int:
+    """Run the train command; wrong input ends in one line on stderr and status 2."""
+    try:
+        app(args=list(arguments), prog_name="python -m bregman_cuda train")
+    except (DataError, ValueError, TypeError, RuntimeError, ModuleNotFoundError) as error:
+        print_error(error)
+        return 2
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def print_error(error: Exception) -> None:
+    """One line on stderr."""
+    Console(stderr=True).print(f"error: {error}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _require_extras(data: str) -> None:
+    needed = ["matplotlib", *(["sklearn"] if data == "digits" else [])]
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        raise ModuleNotFoundError(f"train needs {', '.join(missing)}; run: pip install 'bregman_cuda[train]'")
+
+
+def _optimizer_names(chosen: Sequence[str]) -> list[str]:
+    if "all" in chosen:
+        return list(OPTIMIZERS)
+    return list(dict.fromkeys(chosen or _DEFAULT_OPTIMIZERS))
+
+
+def _device(name: str, fused: bool | None) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device; use --device cpu")
+    kind = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    info = build_info()
+    if fused and not info[kind]:
+        why = info["reasons"].get(kind, "unknown reason")
+        raise ValueError(f"--fused: there are no compiled {kind} kernels ({why}); use --no-fused or reinstall")
+    return torch.device(kind)
+
+
+def _train_all(
+    settings: Sequence[Setting], data: Dataset, seed: int, fused: bool | None, device: torch.device, console: Console
+) -> list[Run]:
+    columns = (
+        TextColumn("{task.description:>18}"), BarColumn(), MofNCompleteColumn(), TextColumn("batches"),
+        TimeElapsedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    runs = []
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        for setting in settings:
+            batches = math.ceil(len(data.train_x) / setting.batch_size)
+            task = progress.add_task(NAMES[setting.optimizer], total=setting.epochs * batches)
+            runs.append(
+                train(setting, data, seed=seed, fused=fused, device=device, on_batch=lambda _, t=task: progress.advance(t))
+            )
+    return runs
+
+
+def _table(runs: Sequence[Run]) -> Table:
+    first = runs[0]
+    threads = f"{torch.get_num_threads()} threads"
+    title = f"{first.data}, {first.setting.model}, seed {first.seed}, {threads}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("optimizer")
+    convolutions = any(run.kernel_density is not None for run in runs)
+    figures = [paper_figures(run.data, run.setting) for run in runs]
+    headings = ["test accuracy", "density", *(["live kernels"] if convolutions else []), "s/epoch", "in optimizer"]
+    for heading in [*headings, *(["paper, 100 epochs"] if any(figures) else [])]:
+        table.add_column(heading, justify="right")
+    for run, figure in zip(runs, figures, strict=True):
+        cells = [f"{run.last.test_accuracy:.1%}", f"{run.last.density:.1%}"]
+        cells += [f"{run.kernel_density:.1%}"] if convolutions else []
+        cells += [f"{run.seconds_per_epoch:.2f}", f"{run.optimizer_share:.0%}"]
+        cells += [figure or ""] if any(figures) else []
+        name = NAMES[run.setting.optimizer] + (" (diverged)" if run.diverged else "")
+        table.add_row(name, *cells)
+    return table
+
+
+def _numbers(runs: Sequence[Run], device: torch.device) -> dict[str, object]:
+    info = build_info()
+    return {
+        "bregman_cuda": info["version"],
+        "torch": info["torch"],
+        "kernels": bool(info[device.type]),
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "data": runs[0].data,
+        "seed": runs[0].seed,
+        "runs": [
+            {
+                **asdict(run.setting),
+                "diverged": run.diverged,
+                "test_accuracy": run.last.test_accuracy,
+                "density": run.last.density,
+                "linear_density": run.linear_density,
+                "kernel_density": run.kernel_density,
+                "seconds_per_epoch": run.seconds_per_epoch,
+                "optimizer_share": run.optimizer_share,
+                "density_by_tensor": {row.name: row.density for row in run.weights.rows} if run.weights else {},
+                "epochs": [_finite(asdict(epoch)) for epoch in run.epochs],
+            }
+            for run in runs
+        ],
+    }
+
+
+def _finite(values: dict[str, float]) -> dict[str, float | None]:
+    """JSON has no NaN."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}

@@ -1,0 +1,51 @@
+// The walker for separable penalties: a block takes one chunk of one tensor.
+#include "walker.cuh"
+
+namespace bregman {
+
+template <class Rule, class T>
+__global__ void __launch_bounds__(kThreads)
+    separable_kernel(const __grid_constant__ KernelArgs<Rule, compute_t<T>> args) {
+  using Part = Tile<Rule, T>;
+  constexpr int V = Part::V;
+  const PlanView plan{global(args.plan)};
+  const int index = args.first_item + int(blockIdx.x);
+  const Item item = plan.items()[index];
+  const Part tile(plan.records()[item.tensor], args.grads[item.tensor - args.first_tensor]);
+  int count = 0;
+  auto step = [&](auto full, int j, int n) {
+    const int64_t i = item.begin + j;
+    const uint32_t bits = tile.keep(i);
+    typename Part::C q[V];
+    tile.template point<full.value>(i, n, bits, args.k, true, q);
+    count += __popc(tile.template finish<full.value>(i, n, bits, args.k, q));
+  };
+  for (int j = int(threadIdx.x) * V; j < item.count; j += kThreads * V) {
+    if (tile.vectors && j + V <= item.count)
+      step(std::true_type{}, j, V);
+    else
+      step(std::false_type{}, j, item.count - j < V ? item.count - j : V);
+  }
+  if (args.counts == nullptr) return;
+  count = block_sum(count);
+  if (threadIdx.x == 0) {
+    global(args.counts)[2 * index] = count;
+    global(args.counts)[2 * index + 1] = 0;
+  }
+}
+
+cudaError_t step_separable(const PlanView& plan, const void* device_plan, const void* const* grads,
+                           const StepArgs& args, int32_t* counts, cudaStream_t stream) {
+  return visit_rule(plan.header().rule, [&](auto rule) {
+    return visit_dtype(DType(plan.header().dtype), [&](auto storage) {
+      using Rule = decltype(rule);
+      using T = decltype(storage);
+      return for_launches<Rule, compute_t<T>>(
+          plan, device_plan, grads, args, counts, [&](const auto& kernel_args, dim3 blocks) {
+            return launch(separable_kernel<Rule, T>, blocks, dim3(kThreads), 0, stream, kernel_args);
+          });
+    });
+  });
+}
+
+}  // namespace bregman

@@ -1,0 +1,17 @@
+// Which walker serves a plan, and what the device offers.
+#include "walker.cuh"
+
+namespace bregman {
+
+cudaError_t step_cuda(const PlanView& plan, const void* device_plan, const void* const* grads, const StepArgs& args,
+                      int32_t* counts, cudaStream_t stream) {
+  return (plan.header().grouped ? step_tiles : step_separable)(plan, device_plan, grads, args, counts, stream);
+}
+
+int64_t tile_bytes(int device) {
+  int bytes = 48 * 1024;
+  if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) (void)cudaGetLastError();
+  return bytes - 10240;  // the per-group arrays and the static ones
+}
+
+}  // namespace bregman

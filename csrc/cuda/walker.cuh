@@ -1,0 +1,239 @@
+// What the two walkers share: kernel arguments, vector access to a tensor's arrays, and block reductions.
+#pragma once
+
+#include "../math/dtypes.h"
+#include "../math/radial.h"
+#include "../math/rule_list.h"
+#include "../math/scalars.h"
+#include "step.h"
+#include "tuning.h"
+
+namespace bregman {
+
+template <class Rule, class C>
+struct KernelArgs {
+  const char* plan;
+  int32_t* counts;
+  Scalars<Rule, C> k;
+  int32_t first_item, first_tensor;
+  const void* grads[kMaxGrads];
+};
+
+template <class P>
+__device__ __forceinline__ P* global(P* p) {
+#ifdef __CUDA_ARCH__
+  __builtin_assume(__isGlobal(p));  // pointers from a table would get generic accesses
+#endif
+  return p;
+}
+
+__device__ __forceinline__ bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+template <class E>
+struct alignas(16) Pack {
+  static constexpr int kSize = 16 / sizeof(E);
+  E v[kSize];
+};
+
+// One tensor of the plan. A thread works on V neighbouring elements at a time: 16 bytes of parameter and gradient.
+template <class Rule, class T>
+struct Tile {
+  using C = compute_t<T>;
+  static constexpr int V = 16 / sizeof(T);
+  static constexpr int kSlots = Rule::kStateSlots;
+  static constexpr bool kMaster = Rule::kReadsParam && sizeof(T) == 2;
+  const TensorRecord& t;
+  const T* grad;
+  bool vectors;       // parameter and state lie at 16-byte boundaries
+  bool grad_vectors;  // so does the gradient (a view into a communication bucket may not)
+
+  __device__ __forceinline__ Tile(const TensorRecord& record, const void* grads)
+      : t(record), grad(global(static_cast<const T*>(grads))), grad_vectors(is_aligned(grads)) {
+    vectors = is_aligned(t.param);
+    for (int m = 0; m < kSlots + kMaster; ++m) vectors = vectors && is_aligned(t.state[m]);
+  }
+
+  // Elements [i, i + n) with n <= V, or all V of them at a 16-byte boundary when kFull.
+  template <bool kFull, class E>
+  __device__ __forceinline__ static void load(const E* p, int64_t i, int n, bool wide, E (&out)[V]) {
+    if (kFull && wide) {
+      constexpr int kPacks = V / Pack<E>::kSize;
+#pragma unroll
+      for (int m = 0; m < kPacks; ++m) {
+        auto pack = load_vector<Pack<E>>(p + i + m * Pack<E>::kSize);
+#pragma unroll
+        for (int j = 0; j < Pack<E>::kSize; ++j) out[m * Pack<E>::kSize + j] = pack.v[j];
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < V; ++j) out[j] = kFull || j < n ? p[i + j] : E{};
+    }
+  }
+
+  template <bool kFull, class E>
+  __device__ __forceinline__ static void store(E* p, int64_t i, int n, const E (&in)[V]) {
+    if (kFull) {
+      constexpr int kPacks = V / Pack<E>::kSize;
+#pragma unroll
+      for (int m = 0; m < kPacks; ++m) {
+        Pack<E> pack;
+#pragma unroll
+        for (int j = 0; j < Pack<E>::kSize; ++j) pack.v[j] = in[m * Pack<E>::kSize + j];
+        store_vector(p + i + m * Pack<E>::kSize, pack);
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < V; ++j)
+        if (j < n) p[i + j] = in[j];
+    }
+  }
+
+  __device__ __forceinline__ C* slot(int m) const { return global(static_cast<C*>(t.state[m])); }
+  __device__ __forceinline__ T* param() const { return global(static_cast<T*>(t.param)); }
+
+  // Mask bits of elements [i, i + V).
+  __device__ __forceinline__ uint32_t keep(int64_t i) const {
+    if (t.mask == nullptr) return ~0u;
+    const uint64_t* words = global(t.mask);
+    const int shift = int(i % 64);
+    uint64_t bits = words[i / 64] >> shift;
+    if (shift + V > 64 && i / 64 + 1 < (t.numel + 63) / 64) bits |= words[i / 64 + 1] << (64 - shift);
+    return uint32_t(bits);
+  }
+
+  template <bool kFull>
+  __device__ __forceinline__ void load_param(int64_t i, int n, C (&out)[V]) const {
+    if constexpr (kMaster) {
+      load<kFull>(slot(kSlots), i, n, true, out);
+    } else if constexpr (Rule::kReadsParam) {
+      T raw[V];
+      load<kFull>(static_cast<const T*>(param()), i, n, true, raw);
+#pragma unroll
+      for (int j = 0; j < V; ++j) out[j] = widen(raw[j]);
+    } else {
+#pragma unroll
+      for (int j = 0; j < V; ++j) out[j] = C(0);
+    }
+  }
+
+  // z with the elementwise prox applied; the new state is stored when `commit`.
+  template <bool kFull>
+  __device__ __forceinline__ void point(int64_t i, int n, uint32_t bits, const Scalars<Rule, C>& k, bool commit,
+                                        C (&z)[V]) const {
+    T g[V];
+    C p[V], s[kMaxSlots][V];
+    load<kFull>(grad, i, n, grad_vectors, g);
+    load_param<kFull>(i, n, p);
+#pragma unroll
+    for (int m = 0; m < kSlots; ++m) load<kFull>(static_cast<const C*>(slot(m)), i, n, true, s[m]);
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      C one[kMaxSlots];
+#pragma unroll
+      for (int m = 0; m < kSlots; ++m) one[m] = s[m][j];
+      Point<C> r = Rule::point(widen(g[j]) * k.grad_scale, p[j], one, k.h);
+      const bool kept = (bits >> j) & 1;
+      z[j] = prox(kept ? r.z : C(0), r.scale, k.elementwise);
+#pragma unroll
+      for (int m = 0; m < kSlots; ++m) s[m][j] = kept ? one[m] : C(0);
+    }
+    if (commit) {
+#pragma unroll
+      for (int m = 0; m < kSlots; ++m) store<kFull>(slot(m), i, n, s[m]);
+    }
+  }
+
+  // The new parameter from the prox point; returns a bit per non-zero.
+  template <bool kFull>
+  __device__ __forceinline__ uint32_t finish(int64_t i, int n, uint32_t bits, const Scalars<Rule, C>& k,
+                                             const C (&q)[V]) const {
+    C p[V], s[kMaxSlots][V], value[V];
+    T raw[V];
+    load_param<kFull>(i, n, p);
+#pragma unroll
+    for (int m = 0; m < kSlots; ++m) load<kFull>(static_cast<const C*>(slot(m)), i, n, true, s[m]);
+    uint32_t alive = 0;
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      C one[kMaxSlots];
+#pragma unroll
+      for (int m = 0; m < kSlots; ++m) one[m] = s[m][j];
+      value[j] = (bits >> j) & 1 ? Rule::finish(q[j], p[j], one, k.h) : C(0);
+      narrow(value[j], raw[j]);
+      if (j < n && nonzero(raw[j])) alive |= 1u << j;
+    }
+    store<kFull>(param(), i, n, raw);
+    if constexpr (kMaster) store<kFull>(slot(kSlots), i, n, value);
+    return alive;
+  }
+};
+
+// Sum over the block in a fixed order; the result is valid in thread 0. All threads call it.
+__device__ __forceinline__ int block_sum(int value) {
+  BREGMAN_SHARED(int, partial, kWarps);
+  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(~0u, value, offset);
+  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = value;
+  __syncthreads();
+  int total = 0;
+  if (threadIdx.x == 0)
+    for (int w = 0; w < kWarps; ++w) total += partial[w];
+  __syncthreads();
+  return total;
+}
+
+// Calls launch_one(item range, tensor range) so that no launch needs more than kMaxGrads gradient pointers.
+template <class Rule, class C, class F>
+cudaError_t for_launches(const PlanView& plan, const void* device_plan, const void* const* grads, const StepArgs& args,
+                         int32_t* counts, F launch_one) {
+  const PlanHeader& header = plan.header();
+  KernelArgs<Rule, C> kernel_args;
+  kernel_args.plan = static_cast<const char*>(device_plan);
+  kernel_args.counts = counts;
+  kernel_args.k = Scalars<Rule, C>::from(args);
+  int64_t item = 0;
+  while (item < header.items) {
+    const int32_t first_tensor = plan.items()[item].tensor;
+    const int64_t tensors = std::min<int64_t>(kMaxGrads, header.tensors - first_tensor);
+    const Item* end = std::lower_bound(plan.items() + item, plan.items() + header.items, first_tensor + tensors,
+                                       [](const Item& a, int64_t tensor) { return a.tensor < tensor; });
+    const int64_t blocks = std::min<int64_t>(end - (plan.items() + item), INT32_MAX);
+    kernel_args.first_item = int32_t(item);
+    kernel_args.first_tensor = first_tensor;
+    std::copy(grads + first_tensor, grads + first_tensor + tensors, kernel_args.grads);
+    if (cudaError_t status = launch_one(kernel_args, dim3(unsigned(blocks))); status != cudaSuccess) return status;
+    item += blocks;
+  }
+  return cudaSuccess;
+}
+
+// Calls f(T{}) with the storage type of a plan.
+template <class F>
+cudaError_t visit_dtype(DType dtype, F f) {
+  switch (dtype) {
+    case DType::f32: return f(float{});
+    case DType::f64: return f(double{});
+    case DType::bf16: return f(bf16{});
+    case DType::fp16: return f(fp16{});
+  }
+  return cudaErrorInvalidValue;
+}
+
+// Calls f(Rule{}) with the rule of a plan.
+template <class F>
+cudaError_t visit_rule(int rule, F f) {
+  switch (rule) {
+#define X(Functor, name) \
+  case rule_##name: \
+    return f(Functor{});
+    BREGMAN_RULES(X)
+#undef X
+  }
+  return cudaErrorInvalidValue;
+}
+
+cudaError_t step_separable(const PlanView& plan, const void* device_plan, const void* const* grads,
+                           const StepArgs& args, int32_t* counts, cudaStream_t stream);
+cudaError_t step_tiles(const PlanView& plan, const void* device_plan, const void* const* grads, const StepArgs& args,
+                       int32_t* counts, cudaStream_t stream);
+
+}  // namespace bregman
