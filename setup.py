@@ -15,10 +15,12 @@ from toolchain import Missing  # noqa: E402
 
 
 class KernelDistribution(Distribution):
-    """Has compiled parts, though none that setuptools knows how to build."""
+    """Has compiled parts that setuptools does not know how to build, until it shows that none were built."""
+
+    pure = False
 
     def has_ext_modules(self):
-        return True
+        return not self.pure
 
 
 class build_ext(Command):
@@ -71,7 +73,7 @@ class bdist_wheel(_bdist_wheel):
         self.run_command("build")
         self.skip_build = True
         package = Path(self.get_finalized_command("build").build_lib, "bregman_cuda")
-        self.root_is_pure = not any(package.glob("*.so"))
+        self.root_is_pure = self.distribution.pure = not any(package.glob("*.so"))
         super().run()
 
     def get_tag(self):

@@ -7,7 +7,7 @@ import os
 import shlex
 import subprocess
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,14 +83,17 @@ def run(command: list[str], root: Path, what: str) -> None:
     raise Missing(f"{what} failed: {first}")
 
 
-def compile_all(jobs: list[Job], root: Path, workers: int) -> list[str]:
-    """Run the jobs, `workers` at a time, and return the objects; the first failure stops the rest."""
-    with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(job.run, root) for job in jobs]
-        try:
-            for future in futures:
-                future.result()
-        except Missing:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return [str(job.object) for job in jobs]
+def wait_for(futures: list[Future[None]]) -> None:
+    """Wait for compilations; where one fails, those that have not begun are dropped."""
+    try:
+        for future in futures:
+            future.result()
+    except Missing:
+        cancel(futures)
+        raise
+
+
+def cancel(futures: list[Future[None]]) -> None:
+    """Drop the compilations that have not begun."""
+    for future in futures:
+        future.cancel()

@@ -10,18 +10,23 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-from compiling import Job, compile_all, max_jobs, run
+from compiling import Job, cancel, max_jobs, run, wait_for
 from find_torch import Torch, find_torch
 from toolchain import Cxx, Missing, Nvcc, find_cxx, find_nvcc, gencode_flags, parse_archs, skip_requested
 
-CPU_SOURCES = ("csrc/torch/cpu_ops.cpp", "csrc/cpu/*.cpp")
-CUDA_SOURCES = ("csrc/torch/cuda_ops.cpp", "csrc/cuda/*.cu")
+CPU_SOURCES = ("csrc/cpu/*.cpp", "csrc/torch/cpu_ops.cpp")
+CUDA_SOURCES = ("csrc/cuda/*.cu",)
+CUDA_BINDING = ("csrc/torch/cuda_ops.cpp",)
 OUTPUTS = ("_C_cpu.so", "_C_cuda.so", "_build.json")
+NEEDS_CPU = "they need the CPU module, which was not built"
 
 TARGET_VERSION = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # runs on torch >= 2.10
 # No contraction and no fast-math: the kernels equal the reference bit for bit.  Dropping the IEEE
@@ -51,12 +56,25 @@ class Report:
         path.write_text(json.dumps(vars(self), indent=2) + "\n", encoding="utf-8")
 
 
+@dataclass(frozen=True)
+class Part:
+    """One library: what to compile, how to link it, and what to say once it is there."""
+
+    name: str
+    jobs: list[Job]
+    linker: list[str]
+    libraries: list[str]
+    success: str
+    cuda_archs: tuple[str, ...] = ()
+
+
 class NativeBuild:
     """One build: `root` holds csrc, `out` receives the libraries, `temp` the objects."""
 
     def __init__(self, root: Path, out: Path, temp: Path, version: str, env: Mapping[str, str] = os.environ) -> None:
         self.root, self.out, self.temp, self.env = root, out, temp, env
         self.report = Report(version)
+        self.workers = 1
 
     def run(self) -> Report:
         """Build what can be built and write the report; Missing where a required part cannot be."""
@@ -66,40 +84,67 @@ class NativeBuild:
         self.out.mkdir(parents=True, exist_ok=True)
         for name in OUTPUTS:  # an earlier build, with other tools, may have left some
             (self.out / name).unlink(missing_ok=True)
-        self._attempt("cpu", self._build_cpu)
-        self._attempt("cuda", self._build_cuda)
+        parts = [self._attempt("cpu", self._plan_cpu), self._attempt("cuda", self._plan_cuda)]
+        self._check(required)
+        self._build([part for part in parts if part])
         self.report.write(self.out / "_build.json")
-        wanted = {"": (), "cpu": ("cpu",), "cuda": ("cpu", "cuda")}[required]
-        for part in wanted:
-            if part in self.report.reasons:
-                reason = self.report.reasons[part]
-                raise Missing(f"BREGMAN_CUDA_REQUIRE={required}, but no {part} kernels: {reason}")
+        self._check(required)
         return self.report
 
-    def _attempt(self, part: str, build: Callable[[], str]) -> None:
-        """Run one part; a reason why not goes into the report, a line either way to the log."""
-        try:
-            line = f"built the {part.upper()} kernels {build()}"
-            setattr(self.report, part, True)
-        except Missing as missing:
-            self.report.reasons[part] = str(missing)
-            line = f"no {part.upper()} kernels: {missing}"
-        print(f"bregman_cuda: {line}", flush=True)
+    def _check(self, required: str) -> None:
+        """Missing if a required part is known not to be there; CUDA cannot do without the CPU part."""
+        for name in {"": (), "cpu": ("cpu",), "cuda": ("cpu", "cuda")}[required]:
+            if name in self.report.reasons:
+                reason = self.report.reasons[name]
+                raise Missing(f"BREGMAN_CUDA_REQUIRE={required}, but no {name} kernels: {reason}")
 
-    def _build_cpu(self) -> str:
+    def _attempt(self, name: str, work: Callable[[], Part]) -> Part | None:
+        """Do some work on a part; why it cannot be done goes into the report and, as a line, to the log."""
+        try:
+            return work()
+        except Missing as missing:
+            self.report.reasons[name] = str(missing)
+            print(f"bregman_cuda: no {name.upper()} kernels: {missing}", flush=True)
+            return None
+
+    def _build(self, parts: list[Part]) -> None:
+        """Compile all parts in one pool, then link each."""
+        with ThreadPoolExecutor(self.workers) as pool:
+            # The last part is CUDA, whose files take longest: they go first.
+            running = {part.name: [pool.submit(job.run, self.root) for job in part.jobs] for part in reversed(parts)}
+            for part in parts:
+                self._attempt(part.name, partial(self._finish, part, running[part.name]))
+
+    def _finish(self, part: Part, running: list[Future[None]]) -> Part:
+        if part.name == "cuda" and "cpu" in self.report.reasons:
+            cancel(running)
+            raise Missing(NEEDS_CPU)
+        wait_for(running)
+        objects = [str(job.object) for job in part.jobs]
+        library = self.out / f"_C_{part.name}.so"
+        unfinished = self.temp / library.name  # a link that is broken off leaves no half library in the package
+        command = [*part.linker, *objects, *part.libraries, "-o", str(unfinished.resolve())]
+        run(command, self.root, f"linking {library.name}")
+        shutil.move(unfinished, library)
+        setattr(self.report, part.name, True)
+        self.report.cuda_archs += part.cuda_archs
+        print(f"bregman_cuda: built the {part.name.upper()} kernels {part.success}", flush=True)
+        return part
+
+    def _plan_cpu(self) -> Part:
         torch, cxx = self._torch(), find_cxx(self.env)
+        self.workers = max_jobs(self.env)
         self.report.torch, self.report.cxx = torch.version, cxx.version
-        objects = self._compile(self._jobs(CPU_SOURCES, self._cxx_command(cxx, torch)))
+        jobs = self._jobs(CPU_SOURCES, self._cxx_command(cxx, torch))
         libraries = [f"-L{torch.folder / 'lib'}", "-ltorch_cpu"]
         if sys.platform == "linux":  # a symbol that torch lacks shows now, not at import
             libraries = ["-Wl,--as-needed", *libraries, "-Wl,--no-undefined"]
-        flags = self.env.get("LDFLAGS", "").split()
-        self._link([*cxx.command, "-shared", *flags], objects, libraries, "_C_cpu.so")
-        return f"with {cxx.version} against {torch}"
+        linker = [*cxx.command, "-shared", *self.env.get("LDFLAGS", "").split()]
+        return Part("cpu", jobs, linker, libraries, f"with {cxx.version} against {torch}")
 
-    def _build_cuda(self) -> str:
-        if not self.report.cpu:
-            raise Missing("they need the CPU module, which was not built")
+    def _plan_cuda(self) -> Part:
+        if "cpu" in self.report.reasons:
+            raise Missing(NEEDS_CPU)
         torch = self._torch()
         if torch.cuda is None:
             raise Missing(f"{torch} is not a CUDA build of torch")
@@ -107,18 +152,15 @@ class NativeBuild:
         if nvcc.release.partition(".")[0] != torch.cuda.partition(".")[0]:
             raise Missing(f"nvcc is of CUDA {nvcc.release}, torch {torch.version} of {torch.cuda}")
         archs = parse_archs(self.env.get("TORCH_CUDA_ARCH_LIST"), nvcc)
-        self.report.nvcc, self.report.cuda_archs = nvcc.release, tuple(archs)
-
+        self.report.nvcc = nvcc.release
         include = [f"-isystem{nvcc.include}"] if nvcc.include else []
-        binding = [*self._cxx_command(cxx, torch), "-DUSE_CUDA", *include]
-        jobs = self._jobs(CUDA_SOURCES[1:], self._nvcc_command(nvcc, cxx, archs))
-        jobs += self._jobs(CUDA_SOURCES[:1], binding)
-        objects = self._compile(jobs)
+        jobs = self._jobs(CUDA_SOURCES, self._nvcc_command(nvcc, cxx, archs))
+        jobs += self._jobs(CUDA_BINDING, [*self._cxx_command(cxx, torch), "-DUSE_CUDA", *include])
         # aoti_torch_get_current_cuda_stream is libtorch_cuda's, which libtorch brings along.
         libraries = [f"-L{torch.folder / 'lib'}", "-Xlinker=--no-as-needed", "-ltorch"]
         libraries += ["-Xlinker=--as-needed", "-ltorch_cpu", "-ltorch_cuda"]
-        self._link([nvcc.path, "-shared", "-cudart=static"], objects, libraries, "_C_cuda.so")
-        return f"for {';'.join(archs)} with nvcc {nvcc.release} against {torch}"
+        success = f"for {';'.join(archs)} with nvcc {nvcc.release} against {torch}"
+        return Part("cuda", jobs, [nvcc.path, "-shared", "-cudart=static"], libraries, success, tuple(archs))
 
     def _torch(self) -> Torch:
         if skip_requested(self.env):
@@ -139,8 +181,7 @@ class NativeBuild:
         return [*cxx.command, *users, *CXX_FLAGS, *optional, *self._includes(torch)]
 
     def _nvcc_command(self, nvcc: Nvcc, cxx: Cxx, archs: list[str]) -> list[str]:
-        files = len(self._sources(CUDA_SOURCES[1:]))
-        threads = max(1, max_jobs(self.env) // max(1, files))  # spare CPUs: architectures at once
+        threads = max(1, self.workers // len(self._sources(CUDA_SOURCES)))  # spare CPUs: architectures at once
         host = [f"-ccbin={cxx.command[0]}"] if self.env.get("CXX") else []
         return [nvcc.path, *NVCC_FLAGS, *gencode_flags(archs), *host, f"--threads={threads}", "-Icsrc"]
 
@@ -158,11 +199,3 @@ class NativeBuild:
     def _jobs(self, patterns: tuple[str, ...], command: list[str]) -> list[Job]:
         objects = self.temp.resolve()
         return [Job(source, objects / f"{source}.o", tuple(command)) for source in self._sources(patterns)]
-
-    def _compile(self, jobs: list[Job]) -> list[str]:
-        return compile_all(jobs, self.root, max_jobs(self.env))
-
-    def _link(self, command: list[str], objects: list[str], libraries: list[str], name: str) -> None:
-        partial = self.out / f"{name}.partial"  # a link that is broken off leaves no half library
-        run([*command, *objects, *libraries, "-o", str(partial)], self.root, f"linking {name}")
-        partial.replace(self.out / name)
