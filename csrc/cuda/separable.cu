@@ -4,7 +4,7 @@
 namespace bregman {
 
 template <class Rule, class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
     separable_kernel(const __grid_constant__ KernelArgs<Rule, compute_t<T>> args) {
   using Part = Tile<Rule, T>;
   constexpr int V = Part::V;
@@ -20,6 +20,7 @@ __global__ void __launch_bounds__(kThreads)
     tile.template point<full.value>(i, n, bits, args.k, true, q);
     count += __popc(tile.template finish<full.value>(i, n, bits, args.k, q));
   };
+#pragma unroll 1
   for (int j = int(threadIdx.x) * V; j < item.count; j += kThreads * V) {
     if (tile.vectors && j + V <= item.count)
       step(std::true_type{}, j, V);

@@ -95,7 +95,7 @@ __device__ __forceinline__ void add_norms(const C* z, int panel, const TileGeome
 }
 
 template <class Rule, class T>
-__global__ void __launch_bounds__(kThreads) tile_kernel(const __grid_constant__ KernelArgs<Rule, compute_t<T>> args) {
+__global__ void __launch_bounds__(kThreads, kMinBlocks) tile_kernel(const __grid_constant__ KernelArgs<Rule, compute_t<T>> args) {
   using Part = Tile<Rule, T>;
   using C = typename Part::C;
   constexpr int V = Part::V;
@@ -117,6 +117,7 @@ __global__ void __launch_bounds__(kThreads) tile_kernel(const __grid_constant__ 
   // Calls f(full, position, column, j, n) for the elements [j, j + n) of a panel.
   auto walk = [&](const Panel& panel, auto f) {
     const int stride = wide ? V : 1;
+#pragma unroll 1
     for (int j = int(threadIdx.x) * stride; j < panel.size; j += kThreads * stride) {
       int column;
       const int64_t i = panel.position(tile, j, column);

@@ -17,6 +17,8 @@ constexpr int64_t kChunk = 32768;       // 8 KB per warp and array at 16-bit: se
 constexpr int64_t kTile = 4096;         // 16 KB of fp32: eight blocks of a tile kernel fit an SM's shared memory
 constexpr int64_t kMaxTileBytes = 98304;  // what sm_86 and sm_89 can give a block, minus the per-group arrays
 #endif
+// Two blocks per SM as a floor: without it ptxas aims at more and spills in two kernels (sm_90, nvcc 13.0, 2026-11-21).
+constexpr int kMinBlocks = 2;
 constexpr int kWarps = kThreads / 32;
 constexpr int64_t kMaxGroups = 256;    // per tile: the per-group arrays then take 4 KB
 constexpr int64_t kMinSegment = 8;     // 32 bytes, a memory sector

@@ -1,0 +1,68 @@
+// The CUDA module: the same ops for CUDA tensors, on the current stream of their device. Compiled with
+// BREGMAN_EMULATE it runs the same kernels on CPU tensors, for tests, as a library of its own.
+#include "../cuda/step.h"
+#include "../cuda/tuning.h"
+#include "ops.h"
+
+#ifdef BREGMAN_EMULATE
+#define BREGMAN_LIBRARY bregman_emulated
+#define BREGMAN_KEY CPU
+#else
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#define BREGMAN_LIBRARY bregman_cuda
+#define BREGMAN_KEY CUDA
+#endif
+
+namespace bregman {
+namespace {
+
+Tensor plan_cuda(const Tensors params, const Tensors state, const Tensors masks, const std::vector<int64_t> group_dims,
+                 const std::vector<double> weights, int64_t rule) {
+  STD_TORCH_CHECK(!params.empty(), "a plan needs at least one tensor");
+  const int64_t bytes = dtype_of(params[0]) == DType::f64 ? 8 : 4;
+  const Tuning tuning = cuda_tuning(bytes, tile_bytes(int(params[0].get_device())));
+  return plan_tensor(params, state, masks, group_dims, weights, rule, tuning);
+}
+
+int64_t step_op(const Tensor plan_blob, const Tensor device_plan, const Tensors grads, const Tensor counts,
+                const std::vector<int64_t> kinds, const std::vector<double> scalars) {
+  PlanView plan{static_cast<const char*>(plan_blob.data_ptr())};
+  check_step(plan, counts, kinds, scalars);
+  std::vector<const void*> pointers;
+  if (int64_t odd = check_grads(plan, grads, pointers); odd >= 0) return odd;
+  if (plan.header().items == 0) return -1;
+  cudaStream_t stream = nullptr;
+#ifndef BREGMAN_EMULATE
+  torch::stable::accelerator::DeviceGuard guard(device_plan.get_device_index());
+  void* current = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_plan.get_device(), &current));
+  stream = static_cast<cudaStream_t>(current);
+#endif
+  int32_t* out = counts.numel() ? static_cast<int32_t*>(counts.data_ptr()) : nullptr;
+  StepArgs args{int(kinds[1]), int(kinds[2]), scalars.data()};
+  const cudaError_t status = step_cuda(plan, device_plan.data_ptr(), pointers.data(), args, out, stream);
+  STD_TORCH_CHECK(status == cudaSuccess, "the kernel launch failed: ", cudaGetErrorString(status));
+  return -1;
+}
+
+#ifdef BREGMAN_EMULATE
+std::string isa() { return "emulated"; }
+
+STABLE_TORCH_LIBRARY(bregman_emulated, m) { BREGMAN_SCHEMA(m); }
+
+STABLE_TORCH_LIBRARY_IMPL(bregman_emulated, CompositeExplicitAutograd, m) {
+  m.impl("describe", TORCH_BOX(&describe));
+  m.impl("isa", TORCH_BOX(&isa));
+  m.impl("why_not", TORCH_BOX(&why_not));
+  m.impl("plan_items", TORCH_BOX(&plan_items));
+}
+#endif
+
+STABLE_TORCH_LIBRARY_IMPL(BREGMAN_LIBRARY, BREGMAN_KEY, m) {
+  m.impl("plan", TORCH_BOX(&plan_cuda));
+  m.impl("step", TORCH_BOX(&step_op));
+}
+
+}  // namespace
+}  // namespace bregman
