@@ -4,7 +4,15 @@ import shutil
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import Command, Distribution, setup
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # pip does not look at build-system.requires without isolation
+    sys.exit(
+        f"bregman_cuda: setuptools {setuptools.__version__} is too old to build with: "
+        "pip install --upgrade setuptools, or leave out --no-build-isolation"
+    )
+
 from setuptools.command.bdist_wheel import bdist_wheel as _bdist_wheel
 
 ROOT = Path(__file__).parent.resolve()
