@@ -158,9 +158,11 @@ class NativeBuild:
         jobs += self._jobs(CUDA_BINDING, [*self._cxx_command(cxx, torch), "-DUSE_CUDA", *include])
         # aoti_torch_get_current_cuda_stream is libtorch_cuda's, which libtorch brings along.
         libraries = [f"-L{torch.folder / 'lib'}", "-Xlinker=--no-as-needed", "-ltorch"]
-        libraries += ["-Xlinker=--as-needed", "-ltorch_cpu", "-ltorch_cuda"]
+        libraries += ["-Xlinker=--as-needed", "-ltorch_cpu", "-ltorch_cuda", "-Xlinker=--no-undefined"]
         success = f"for {';'.join(archs)} with nvcc {nvcc.release} against {torch}"
-        return Part("cuda", jobs, [nvcc.path, "-shared", "-cudart=static"], libraries, success, tuple(archs))
+        # No code is relocatable: a device link would only add an empty module.
+        linker = [nvcc.path, "-shared", "-cudart=static", "--no-device-link"]
+        return Part("cuda", jobs, linker, libraries, success, tuple(archs))
 
     def _torch(self) -> Torch:
         if skip_requested(self.env):
