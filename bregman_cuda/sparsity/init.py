@@ -64,6 +64,7 @@ def sparse_init_(
     Weights are those that `param_groups` regularizes. A mask keeps exactly ``max(1, round(density * n))`` of the n
     elements (or groups) of a weight, and the scale follows the density reached. Along each nn.Sequential at least
     one path of non-zero weights leads from its input to its output (one kept element or group moves, if need be).
+    Paths are told by channel, not by pixel, and a ReLU may still close one: the report says how many outputs are live.
 
     Args:
         model: its weights may have any floating dtype, device and memory format.
