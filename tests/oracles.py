@@ -1,0 +1,120 @@
+"""What is true, by routes that import nothing of the package: brute force, optimality conditions, numpy formulas."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+GOLDEN = (math.sqrt(5) - 1) / 2
+
+# Scalar penalties phi(x) as written in the literature; infinity is a constraint.
+PHI: dict[str, Callable[..., float]] = {
+    "L1": lambda x, lam: lam * abs(x),
+    "NonnegL1": lambda x, lam: lam * x if x >= 0 else math.inf,
+    "ElasticNet": lambda x, lam, l2: lam * abs(x) + 0.5 * l2 * x * x,
+}
+
+
+def least_objective(phi: Callable[[float], float], x: float, step: float) -> float:
+    """min over z of step * phi(z) + (z - x)^2 / 2: a grid that holds 0 and x, then golden sections around the best."""
+
+    def objective(z: float) -> float:
+        return step * phi(z) + 0.5 * (z - x) ** 2
+
+    reach = abs(x) + 1.0
+    grid = sorted({*np.linspace(-reach, reach, 401).tolist(), 0.0, x})
+    best = min(range(len(grid)), key=lambda i: objective(grid[i]))
+    low, high = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
+    least = objective(grid[best])
+    for _ in range(80):
+        left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
+        if objective(left) <= objective(right):
+            high = right
+        else:
+            low = left
+        least = min(least, objective(left), objective(right))
+    return least
+
+
+def excess(phi: Callable[[float], float], x: float, z: float, step: float) -> float:
+    """How much worse z is than the best point."""
+    return step * phi(z) + 0.5 * (z - x) ** 2 - least_objective(phi, x, step)
+
+
+def sparse_group_residual(x: np.ndarray, z: np.ndarray, l1: float, l2: float) -> float:
+    """Distance of 0 from the subdifferential of  l1 |z|_1 + l2 ||z||_2 + ||z - x||^2 / 2  at z (one group, float64)."""
+    inside = np.maximum(np.abs(x) - l1, 0)  # distance of x_i from [-l1, l1]
+    norm = np.linalg.norm(z)
+    if norm == 0:
+        return max(0.0, float(np.linalg.norm(inside)) - l2)
+    smooth = z - x + l2 * z / norm
+    rest = np.where(z == 0, np.maximum(np.abs(smooth) - l1, 0), np.abs(smooth + l1 * np.sign(z)))
+    return float(np.linalg.norm(rest))
+
+
+def project_ball(x: np.ndarray, radius: float) -> np.ndarray:
+    """Nearest point of the Euclidean ball."""
+    norm = np.linalg.norm(x)
+    return x if norm <= radius else x * (radius / norm)
+
+
+def central_difference(value: Callable[[np.ndarray], float], x: np.ndarray, direction: np.ndarray, h: float = 1e-5) -> float:
+    """Derivative of `value` at x along a direction, to O(h^2)."""
+    return (value(x + h * direction) - value(x - h * direction)) / (2 * h)
+
+
+def soft(x: np.ndarray, t: float) -> np.ndarray:
+    """Soft threshold."""
+    return np.sign(x) * np.maximum(np.abs(x) - t, 0)
+
+
+def linbreg(p0, grads, lrs, lam, delta=1.0):
+    """Bungert et al. 2022, algorithm 1, with J = lam |.|_1."""
+    v = p0 / delta + lam * np.sign(p0)
+    p = p0
+    for g, lr in zip(grads, lrs):
+        v = v - lr * g
+        p = delta * soft(v, lam)
+    return p
+
+
+def linbreg_paper(p0, grads, lrs, lam, delta=1.0, momentum=0.0):
+    """Algorithm 2: the step size sits inside the moving average."""
+    v, m, p = p0 / delta + lam * np.sign(p0), np.zeros_like(p0), p0
+    for g, lr in zip(grads, lrs):
+        m = momentum * m + (1 - momentum) * lr * g
+        v = v - m
+        p = delta * soft(v, lam)
+    return p
+
+
+def linbreg_torch(p0, grads, lrs, lam, delta=1.0, momentum=0.0):
+    """Momentum as in torch.optim.SGD: the step size sits outside."""
+    v, m, p = p0 / delta + lam * np.sign(p0), np.zeros_like(p0), p0
+    for g, lr in zip(grads, lrs):
+        m = momentum * m + g
+        v = v - lr * m
+        p = delta * soft(v, lam)
+    return p
+
+
+def adabreg(p0, grads, lrs, lam, delta=1.0, betas=(0.9, 0.999), eps=1e-8):
+    """Algorithm 3, with both moments corrected."""
+    v, m, s, p = p0 / delta + lam * np.sign(p0), np.zeros_like(p0), np.zeros_like(p0), p0
+    for k, (g, lr) in enumerate(zip(grads, lrs), 1):
+        m = betas[0] * m + (1 - betas[0]) * g
+        s = betas[1] * s + (1 - betas[1]) * g**2
+        v = v - lr * (m / (1 - betas[0] ** k)) / (np.sqrt(s / (1 - betas[1] ** k)) + eps)
+        p = delta * soft(v, lam)
+    return p
+
+
+def proxsgd(p0, grads, lrs, lam, momentum=0.0):
+    """Forward-backward splitting, with the heavy ball in the gradient."""
+    p, m = p0, np.zeros_like(p0)
+    for g, lr in zip(grads, lrs):
+        m = momentum * m + g
+        p = soft(p - lr * m, lr * lam)
+    return p

@@ -1,0 +1,195 @@
+"""The update rules of the reference against float64 formulas, torch's own optimizers and what the papers promise."""
+
+from __future__ import annotations
+
+import numpy as np
+import oracles
+import pytest
+import registry
+import torch
+from harness import same_bits
+
+from bregman_cuda import L1, AdaBreg, LinBreg, ProxSGD
+
+STEPS = 7
+FORMULAS = {
+    "linbreg": oracles.linbreg,
+    "linbreg_paper": oracles.linbreg_paper,
+    "linbreg_torch": oracles.linbreg_torch,
+    "adabreg": oracles.adabreg,
+    "proxsgd": oracles.proxsgd,
+    "proxsgd_momentum": oracles.proxsgd,
+}
+LRS = [0.25] * 3 + [0.05] * 2 + [0.5] * (STEPS - 5)  # two changes of the step size
+
+
+def start(seed: int = 0, n: int = 200) -> tuple[np.ndarray, list[np.ndarray]]:
+    rng = np.random.default_rng(seed)
+    p0 = rng.standard_normal(n) * (rng.random(n) < 0.5)
+    return p0, [rng.standard_normal(n) for _ in range(STEPS)]
+
+
+def walk(rule: str, p0, grads, lrs, lam, fused, dtype=torch.float64, **options):
+    p = torch.nn.Parameter(torch.tensor(p0, dtype=dtype))
+    optimizer = registry.RULES[rule].make([p], L1(lam), fused=fused, **options)
+    for g, lr in zip(grads, lrs):
+        optimizer.param_groups[0]["lr"] = lr
+        p.grad = torch.tensor(g, dtype=dtype)
+        optimizer.step()
+    return p, optimizer
+
+
+def test_every_rule_has_a_formula():
+    assert set(FORMULAS) == set(registry.RULES)
+
+
+@pytest.mark.parametrize(
+    ("rule", "delta"), [(r, d) for r, case in registry.RULES.items() for d in ((1.0, 0.4, 3.0) if case.dual else (1.0,))]
+)
+def test_rule_follows_its_formula(driver, rule, delta):
+    """Both sides round each of about ten operations per step to fp64 at magnitudes below 16."""
+    case = registry.RULES[rule]
+    p0, grads = start()
+    options = {k: v for k, v in case.options.items() if k == "momentum"}
+    if case.dual:
+        options["delta"] = delta
+    want = FORMULAS[rule](p0, grads, LRS, 0.3, **options)
+    got, _ = walk(rule, p0, grads, LRS, 0.3, driver.fused, **({"delta": delta} if case.dual else {}))
+    np.testing.assert_allclose(got.detach().numpy(), want, rtol=0, atol=STEPS * 10 * 16 * 2.3e-16)
+    assert 0.05 < np.mean(want == 0) < 0.9, "the case must hold zeros and non-zeros"
+    assert np.array_equal(got.detach().numpy() == 0, want == 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rule", registry.RULES)
+def test_state_accumulates_in_fp32(driver, rule, dtype):
+    """Many steps that a 16-bit accumulator would lose: only the last rounding to storage is of the storage type."""
+    n, steps = 64, 64
+    rng = np.random.default_rng(1)
+    p0 = torch.tensor(rng.uniform(1, 2, n)).to(dtype).double().numpy()
+    grads = [torch.full((n,), 2.0**-10, dtype=torch.float64).numpy()] * steps
+    lrs = [0.125] * steps
+    options = {k: v for k, v in registry.RULES[rule].options.items() if k == "momentum"}
+    want = FORMULAS[rule](p0, grads, lrs, 0.01, **options)
+    got, optimizer = walk(rule, p0, grads, lrs, 0.01, driver.fused, dtype=dtype)
+    # fp32: below ten roundings a step at a magnitude below 8; then one rounding to storage.
+    atol = steps * 10 * 8 * 2.0**-24 + 8 * torch.finfo(dtype).eps / 2
+    np.testing.assert_allclose(got.detach().double().numpy(), want, rtol=0, atol=atol)
+    state = {k: v for k, v in optimizer.state[got].items() if k != "step"}
+    assert {v.dtype for v in state.values()} <= {torch.float32}
+    assert ("master" in state) == (not registry.RULES[rule].dual and dtype != torch.float32)
+
+
+TWINS = {
+    "linbreg": (torch.optim.SGD, {}),
+    "linbreg_torch": (torch.optim.SGD, {"momentum": 0.75}),
+    "adabreg": (torch.optim.Adam, {}),
+    "proxsgd": (torch.optim.SGD, {}),
+    "proxsgd_momentum": (torch.optim.SGD, {"momentum": 0.75}),
+}
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("rule", TWINS)
+def test_without_a_regularizer_it_is_torchs_optimizer(driver, rule, maximize):
+    twin_class, options = TWINS[rule]
+    p0, grads = start(4)
+    p, q = (torch.nn.Parameter(torch.tensor(p0)) for _ in range(2))
+    ours = registry.RULES[rule].make([p], None, lr=0.1, fused=driver.fused, maximize=maximize)
+    theirs = twin_class([q], lr=0.1, maximize=maximize, **options)
+    for g in grads:
+        p.grad, q.grad = torch.tensor(g), torch.tensor(g)
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(p, q, rtol=0, atol=STEPS * 10 * 16 * 2.3e-16)  # as above
+
+
+def test_paper_momentum_keeps_the_old_step_size_in_its_buffer(driver):
+    """After lr -> 0 the paper's buffer still moves the dual by beta^k of what it held; torch's stops at once."""
+    moved = {}
+    for style in ("paper", "torch"):
+        p = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+        optimizer = LinBreg([p], lr=1.0, momentum=0.5, momentum_style=style, fused=driver.fused)
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        first = p.item()
+        optimizer.param_groups[0]["lr"] = 0.0
+        optimizer.step()
+        optimizer.step()
+        moved[style] = (first, p.item() - first)
+    assert moved["paper"] == (-0.5, -0.25 - 0.125)  # m = (1-beta) lr g = 0.5, then beta m, beta^2 m
+    assert moved["torch"] == (-1.0, 0.0)
+
+
+def test_paper_momentum_is_torchs_with_scaled_lr_while_lr_is_constant(driver):
+    p0, grads = start(8)
+    lrs = [0.25] * STEPS
+    paper, _ = walk("linbreg_paper", p0, grads, lrs, 0.3, driver.fused)
+    torchs, _ = walk("linbreg_torch", p0, grads, [lr * (1 - 0.75) for lr in lrs], 0.3, driver.fused)
+    torch.testing.assert_close(paper, torchs, rtol=0, atol=STEPS * 10 * 16 * 2.3e-16)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+def test_adabreg_begins_with_a_step_of_lr_times_sign(driver, scale):
+    """Bias correction makes the first direction g / |g|, up to eps; the authors' old code missed a factor 10."""
+    p = torch.nn.Parameter(torch.zeros(50, dtype=torch.float64))
+    p.grad = torch.randn(50, dtype=torch.float64) * scale
+    AdaBreg([p], lr=0.01, eps=1e-12, fused=driver.fused).step()
+    # relative error eps / |g|, and |g| >= 1e-6 here
+    torch.testing.assert_close(p.detach(), -0.01 * p.grad.sign(), rtol=1e-5, atol=0)
+
+
+def test_delta_scales_magnitudes_and_never_the_support(driver):
+    """v does not depend on delta when started at zero, and prox_{delta J}(delta v) = delta prox_J(v)."""
+    _, grads = start(2)
+    small, _ = walk("linbreg", np.zeros(200), grads, LRS, 0.3, driver.fused, delta=1.0)
+    large, _ = walk("linbreg", np.zeros(200), grads, LRS, 0.3, driver.fused, delta=4.0)
+    assert torch.equal(large, 4.0 * small)  # a power of two: exact
+
+
+def test_the_threshold_of_proxsgd_is_lr_times_lam(driver):
+    p = torch.nn.Parameter(torch.tensor([0.11, 0.09, -0.11, -0.09], dtype=torch.float64))
+    p.grad = torch.zeros_like(p)
+    ProxSGD([p], lr=0.5, reg=L1(0.2), fused=driver.fused).step()
+    torch.testing.assert_close(p.detach(), torch.tensor([0.01, 0, -0.01, 0], dtype=torch.float64), rtol=0, atol=1e-16)
+
+
+def test_bregman_weights_do_not_shrink_while_they_are_on(driver):
+    """The bias that separates them from ProxSGD: zero gradients leave a Bregman weight, and shrink a proximal one."""
+    for rule, stays in (("linbreg", True), ("linbreg_paper", True), ("adabreg", True), ("proxsgd", False)):
+        p = torch.nn.Parameter(torch.tensor([1.0, -2.0, 0.5]))
+        optimizer = registry.RULES[rule].make([p], L1(0.25), fused=driver.fused)
+        for _ in range(3):
+            p.grad = torch.zeros_like(p)
+            optimizer.step()
+        assert same_bits(p.detach(), torch.tensor([1.0, -2.0, 0.5])) == stays
+        assert stays or bool((p.abs() < torch.tensor([1.0, 2.0, 0.5])).all())
+
+
+@pytest.mark.parametrize("dtype", registry.DTYPES, ids=str)
+@pytest.mark.parametrize("reg", registry.REGULARIZERS)
+@pytest.mark.parametrize("rule", [name for name, case in registry.RULES.items() if case.dual])
+def test_prox_of_the_initial_dual_is_the_parameter(driver, rule, reg, dtype):
+    """prox(v0) = p0 within the rounding of v0, and a second step without a gradient changes nothing at all."""
+    case = registry.REGULARIZERS[reg]
+    shape = (6, 5, 3)[: max(case.min_ndim, 1)]
+    p0 = registry.values(shape, dtype, torch.Generator().manual_seed(9), 0.4)
+    p0[0] = 0  # a whole group
+    if reg == "nonneg_l1":
+        p0 = p0.abs()
+    p = torch.nn.Parameter(p0.clone())
+    optimizer = registry.RULES[rule].make([p], case(), fused=driver.fused, delta=0.7)
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    # v0 = p0/delta + lam * (unit or less), delta v0 and the difference back: five roundings at the size of delta v0;
+    # norms are rounded twice more. 16 bits: those errors are below half an ulp of storage.
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    size = float(p0.abs().max()) + 2.0
+    atol = 8 * size * torch.finfo(wide).eps + (p0.abs().double() * torch.finfo(dtype).eps if dtype.itemsize == 2 else 0)
+    assert bool(((p.detach().double() - p0.double()).abs() <= atol).all())
+    if dtype.itemsize == 2:
+        assert torch.equal(p.detach(), p0)
+    assert torch.equal(p.detach() == 0, p0 == 0)
+    after = p.detach().clone()
+    optimizer.step()
+    assert same_bits(p.detach(), after)
