@@ -33,7 +33,7 @@ class Scratch {
     std::unique_ptr<char, Free> data;
     size_t bytes = 0;
   };
-  Buffer buffers_[4];
+  Buffer buffers_[5];
 };
 
 Scratch& thread_scratch();

@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) tile_kernel(const __grid
 
   const C scale = uniform_scale<Rule, C>(args.k.h) * C(part.t.weight);
   for (int g = int(threadIdx.x); g < tile.groups; g += kThreads) {
-    arrays.factor[g] = radial_factor(C(square_root(arrays.sum[g])), scale, args.k.radial);
+    arrays.factor[g] = radial_factor<AnyPenalty>(C(square_root(arrays.sum[g])), scale, args.k.radial);
     arrays.alive[g] = 0;
   }
   __syncthreads();

@@ -26,7 +26,7 @@ constexpr int kMaxGrads = 1000;        // gradient pointers that travel as a ker
 
 inline Tuning cuda_tuning(int64_t state_bytes, int64_t shared_bytes) {
   int64_t capacity = std::min(kMaxTileBytes, shared_bytes) / state_bytes;
-  return {kChunk, kTile, kMinSegment, kMaxGroups, capacity};
+  return {kChunk, kTile, kTile, kMinSegment, kMaxGroups, capacity};
 }
 
 }  // namespace bregman

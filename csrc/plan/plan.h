@@ -42,7 +42,8 @@ struct PlanHeader {
 // How finely to cut; the numbers are each driver's own.
 struct Tuning {
   int64_t chunk;         // elements per separable item, a multiple of 64
-  int64_t tile;          // elements that a tile of groups should hold
+  int64_t tile;          // elements that a tile of contiguous groups should hold
+  int64_t strided_tile;  // the same for groups scattered in memory
   int64_t min_segment;   // contiguous elements below which a strided tile is not cut
   int64_t max_groups;    // per tile
   int64_t capacity;      // elements that fit on chip
@@ -73,7 +74,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Groups per tile: enough to fill it and to read whole memory lines, never more than there are.
 inline int64_t groups_per_tile(const GroupLayout& layout, const Tuning& tuning) {
-  int64_t fill = tuning.tile / layout.group_size();
+  int64_t fill = (layout.rows() == 1 ? tuning.tile : tuning.strided_tile) / layout.group_size();
   int64_t lines = layout.rows() == 1 ? 1 : ceil_div(tuning.min_segment, layout.r2);
   // A line's worth of groups that cannot be held at once still has to fit row by row.
   int64_t fits = std::max<int64_t>(1, tuning.capacity / layout.r2);
