@@ -1,75 +1,10 @@
 // Properties of the step plan: every element in exactly one item, every group whole and in one tile.
 #include <map>
-#include <numeric>
-#include <random>
-#include <set>
 
 #include "check.h"
-#include "plan/plan.h"
+#include "specs.h"
 
 namespace {
-
-using namespace bregman;
-using Dims = std::vector<int64_t>;
-
-std::mt19937 g_random(1);
-int64_t pick(const Dims& from) { return from[g_random() % from.size()]; }
-
-int64_t product(const Dims& sizes) { return std::accumulate(sizes.begin(), sizes.end(), int64_t(1), std::multiplies<>()); }
-
-Dims dense_strides(const Dims& sizes, const std::vector<int>& outer_to_inner) {
-  Dims strides(sizes.size());
-  int64_t next = 1;
-  for (size_t i = sizes.size(); i-- > 0;) {
-    strides[outer_to_inner[i]] = next;
-    next *= std::max<int64_t>(1, sizes[outer_to_inner[i]]);
-  }
-  return strides;
-}
-
-std::vector<int> in_order(size_t ndim) {
-  std::vector<int> order(ndim);
-  std::iota(order.begin(), order.end(), 0);
-  return order;
-}
-
-TensorSpec spec_of(const Dims& sizes, const Dims& strides, int64_t group_dims) {
-  void* const fake = reinterpret_cast<void*>(0x1000);  // a plan never looks at the data
-  return {fake, {fake, fake}, nullptr, sizes, strides, group_dims, 1.5};
-}
-
-TensorSpec random_spec(bool grouped) {
-  Dims sizes(g_random() % 6);
-  for (int64_t& size : sizes) size = pick({1, 1, 2, 3, 4, 5, 7});
-  if (!sizes.empty() && g_random() % 16 == 0) sizes[g_random() % sizes.size()] = 0;
-  if (!sizes.empty() && g_random() % 8 == 0) sizes[g_random() % sizes.size()] = pick({31, 64, 129});
-  std::vector<int> order = in_order(sizes.size());
-  if (g_random() % 2) std::shuffle(order.begin(), order.end(), g_random);
-  return spec_of(sizes, dense_strides(sizes, order), grouped ? int64_t(g_random() % (1u << sizes.size())) : -1);
-}
-
-Tuning random_tuning() {
-  return {pick({64, 128, 4096}), pick({1, 64, 256}), pick({1, 8, 32}), pick({1, 3, 1024}), pick({64, 512, 1 << 20})};
-}
-
-// The oracle: which group the element at each memory offset belongs to, by walking the tensor's own indices.
-std::vector<int64_t> group_of_offset(const TensorSpec& spec) {
-  std::vector<int64_t> groups(product(spec.sizes), -1);
-  Dims index(spec.sizes.size());
-  for (size_t n = 0; n < groups.size(); ++n) {
-    int64_t offset = 0, group = 0;
-    for (size_t d = 0; d < index.size(); ++d) {
-      offset += index[d] * spec.strides[d];
-      if (spec.group_dims >> d & 1) group = group * spec.sizes[d] + index[d];
-    }
-    groups[offset] = group;
-    for (size_t d = index.size(); d-- > 0;) {
-      if (++index[d] < spec.sizes[d]) break;
-      index[d] = 0;
-    }
-  }
-  return groups;
-}
 
 // The memory offsets of group number `group` of a layout, as groups.h defines it.
 std::vector<int64_t> offsets_of_group(const GroupLayout& g, int64_t group) {
@@ -139,9 +74,19 @@ void check_random_plans() {
   }
 }
 
+Tuning tuning_of(int64_t chunk, int64_t tile, int64_t capacity) {
+  Tuning tuning{};
+  tuning.chunk = chunk;
+  tuning.tile = tuning.strided_tile = tile;
+  tuning.min_segment = 32;
+  tuning.max_groups = 1024;
+  tuning.capacity = capacity;
+  return tuning;
+}
+
 // More than 2^31 elements: the items follow each other without gap or overlap up to the end.
 void check_large(const Dims& sizes, int64_t group_dims, int64_t expected_units) {
-  const Tuning tuning{1 << 16, 1 << 14, 32, 1024, 1 << 20};
+  const Tuning tuning = tuning_of(1 << 16, 1 << 14, 1 << 20);
   const TensorSpec large = spec_of(sizes, dense_strides(sizes, in_order(sizes.size())), group_dims);
   const TensorSpec empty = spec_of({0, 3}, {3, 1}, group_dims);
   const std::vector<char> memory = make_plan({empty, large, empty}, 0, DType::f32, 1, tuning);
@@ -166,7 +111,7 @@ template <class F> bool refuses(F make) {
 }
 
 void check_refusals() {
-  const Tuning tuning{64, 64, 8, 64, 512};
+  const Tuning tuning = tuning_of(64, 64, 512);
   const auto plan = [&](std::vector<TensorSpec> specs) { return make_plan(specs, 0, DType::f32, 1, tuning); };
   CHECK(refuses([&] { plan({spec_of({4, 3}, {0, 1}, -1)}); }), "an expanded view");
   CHECK(refuses([&] { plan({spec_of({4, 3}, {6, 2}, -1)}); }), "every second column");

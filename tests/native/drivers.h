@@ -1,0 +1,53 @@
+// The drivers under test behind one signature; for one translation unit.
+#pragma once
+
+#include <cstring>
+
+#include "check.h"
+#include "cpu/step.h"
+#include "cuda/step.h"
+#include "cuda/tuning.h"
+#include "specs.h"
+
+struct Driver {
+  const char* name;
+  Tuning (*tuning)(int64_t state_bytes);
+  void (*step)(const PlanView& plan, const void* const* grads, const StepArgs& args, int32_t* counts);
+};
+
+// csrc/cpu/dispatch.cpp has it, which needs all instruction sets: the same source, compiled three times.
+Scratch& bregman::thread_scratch() {
+  static thread_local Scratch scratch;
+  return scratch;
+}
+
+inline void cpu_step(const PlanView& plan, const void* const* grads, const StepArgs& args, int32_t* counts) {
+  run_items_base(plan, grads, args, counts, 0, plan.header().items);
+}
+
+inline Tuning cpu_tuning(int64_t) { return random_tuning(); }
+
+inline void cuda_step(const PlanView& plan, const void* const* grads, const StepArgs& args, int32_t* counts) {
+  const cudaError_t status = step_cuda(plan, plan.base, grads, args, counts, nullptr);
+  CHECK(status == cudaSuccess, "step_cuda: %s", cudaGetErrorString(status));
+}
+
+// The driver's own, and smaller ones, so that small tensors take the paths of large ones.
+inline Tuning some_cuda_tuning(int64_t state_bytes) {
+  Tuning tuning = cuda_tuning(state_bytes, tile_bytes(0));
+  if (g_random() % 2) {
+    tuning.chunk = pick({64, 256});
+    tuning.tile = pick({32, 128});
+    tuning.strided_tile = pick({32, 128});
+    tuning.capacity = pick({64, 128, 512});
+    tuning.max_groups = pick({16, 256});
+  }
+  return tuning;
+}
+
+inline const Driver* find_driver(const char* name) {
+  static const Driver drivers[] = {{"cpu", cpu_tuning, cpu_step}, {"cuda", some_cuda_tuning, cuda_step}};
+  for (const Driver& driver : drivers)
+    if (!std::strcmp(driver.name, name)) return &driver;
+  return nullptr;
+}
