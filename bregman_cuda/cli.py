@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from enum import Enum
@@ -78,7 +79,7 @@ def train_command(
         raise ValueError(f"--out {out} cannot be made a folder ({error.strerror}); choose another one") from None
     if threads or data == "digits":
         torch.set_num_threads(threads or 1)  # batches of 32 digits are too small to share: two threads are slower
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     runs = _train_all(settings, dataset, seed, fused, where, console)
     console.print(_table(runs))
     save_plot(runs, out / "training.png")
