@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #define BREGMAN_HD __host__ __device__ __forceinline__
@@ -24,6 +25,24 @@ BREGMAN_HD C clamp(C x, C low, C high) {
   // Comparisons, not fmin/fmax: a NaN passes through.
   C below = x > high ? high : x;
   return below < low ? low : below;
+}
+
+// condition ? a : b, as one blend on the host: GCC threads the code behind a ternary through it, as branches, and does
+// not vectorise the loop then.
+template <class C>
+BREGMAN_HD C select(bool condition, C a, C b) {
+#if defined(__CUDA_ARCH__)
+  return condition ? a : b;
+#else
+  using Bits = std::conditional_t<sizeof(C) == 8, uint64_t, uint32_t>;
+  Bits x, y;
+  __builtin_memcpy(&x, &a, sizeof(C));
+  __builtin_memcpy(&y, &b, sizeof(C));
+  const Bits mask = Bits(0) - Bits(condition);
+  x = (x & mask) | (y & ~mask);
+  __builtin_memcpy(&a, &x, sizeof(C));
+  return a;
+#endif
 }
 
 BREGMAN_HD float square_root(float x) { return sqrtf(x); }

@@ -11,7 +11,7 @@ struct NonnegL1 {
   template <class C>
   BREGMAN_HD static C prox(C x, C scale, const Penalty<C>& k) {
     C threshold = scale * k.a;
-    return x <= threshold ? C(0) : x - threshold;  // a NaN fails the comparison and stays
+    return select(x <= threshold, C(0), x - threshold);  // a NaN fails the comparison and stays
   }
 };
 
