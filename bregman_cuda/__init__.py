@@ -12,3 +12,7 @@ from .regularizers import GroupLasso as GroupLasso
 from .regularizers import NonnegL1 as NonnegL1
 from .regularizers import Regularizer as Regularizer
 from .regularizers import SparseGroupLasso as SparseGroupLasso
+from .sparsity import DensityReport as DensityReport
+from .sparsity import density as density
+from .sparsity import param_groups as param_groups
+from .sparsity import sparse_init_ as sparse_init_

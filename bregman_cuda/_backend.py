@@ -107,7 +107,8 @@ def _built() -> dict[str, Any]:
     try:
         return dict(json.loads((_HERE / "_build.json").read_text()))
     except FileNotFoundError:
-        return {"reasons": {"cpu": "the package was not built (no _build.json)", "cuda": "the package was not built"}}
+        why = "this is a source folder, not the installed package: run elsewhere, or install with `pip install -e .`"
+        return {"reasons": {"cpu": why, "cuda": why}}
 
 
 @functools.cache
