@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -25,10 +25,7 @@ from .experiments.plot import NAMES, save_plot
 from .experiments.settings import OPTIMIZERS, REGULARIZERS, Setting, default_model, default_setting, paper_figures
 from .experiments.train import Run, make_model, make_optimizer, train
 
-OptimizerName = Enum("OptimizerName", {name: name for name in (*OPTIMIZERS, "all")}, type=str)
-RegularizerName = Enum("RegularizerName", {name: name for name in REGULARIZERS}, type=str)
-ModelName = Enum("ModelName", {name: name for name in MODELS}, type=str)
-DeviceName = Enum("DeviceName", {name: name for name in ("auto", "cpu", "cuda")}, type=str)
+_DEVICES = ("auto", "cpu", "cuda")
 _DEFAULT_OPTIMIZERS = ("adabreg", "linbreg", "adam")
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
@@ -37,12 +34,14 @@ app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_com
 @app.command(name="train")
 def train_command(
     data: Annotated[str, typer.Option(help="digits, fashion-mnist, or a folder with the four IDX files.")] = "digits",
-    model: Annotated[Optional[ModelName], typer.Option(help="Default: what fits the data.")] = None,
+    model: Annotated[Optional[str], typer.Option(metavar="|".join(MODELS), help="Default: what fits the data.")] = None,
     optimizer: Annotated[
-        Optional[list[OptimizerName]], typer.Option(help="Repeat it, or all. Default: adabreg, linbreg and adam.")
+        Optional[list[str]],
+        typer.Option(metavar="|".join(OPTIMIZERS), help="Repeat it, or all. Default: adabreg, linbreg and adam."),
     ] = None,
     reg: Annotated[
-        Optional[RegularizerName], typer.Option(help="Default: l1; group-kernel for the convnet.")
+        Optional[str],
+        typer.Option(metavar="|".join(REGULARIZERS), help="Default: l1; group-kernel for the convnet."),
     ] = None,
     lam: Annotated[Optional[float], typer.Option(help="Strength of the regularizer.")] = None,
     lr: Annotated[Optional[float], typer.Option(help="Step size.")] = None,
@@ -52,9 +51,10 @@ def train_command(
     batch_size: Annotated[Optional[int], typer.Option(min=1, help="Samples per step.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the initialisation and the order of the samples.")] = 0,
     fused: Annotated[
-        Optional[bool], typer.Option("--fused/--no-fused", help="Kernels or an error / plain torch. Default: what serves.")
+        Optional[bool],
+        typer.Option("--fused/--no-fused", help="Kernels or an error / plain torch. Default: what serves."),
     ] = None,
-    device: Annotated[DeviceName, typer.Option(help="auto: cuda where there is one.")] = DeviceName.auto,  # type: ignore[attr-defined]
+    device: Annotated[str, typer.Option(metavar="|".join(_DEVICES), help="auto: cuda where there is one.")] = "auto",
     threads: Annotated[
         Optional[int], typer.Option(min=1, help="CPU threads. Default: 1 for the digits, else torch's choice.")
     ] = None,
@@ -64,13 +64,20 @@ def train_command(
 
     Options that are not given come from tuned settings for the data, the model and each optimizer.
     """
+    for option, values, known in (
+        ("--model", [model], MODELS),
+        ("--optimizer", optimizer, (*OPTIMIZERS, "all")),
+        ("--reg", [reg], REGULARIZERS),
+        ("--device", [device], _DEVICES),
+    ):
+        _check_choices(option, values or (), known)
     _require_extras(data)
     dataset = load(data)
-    names = _optimizer_names([choice.value for choice in optimizer or ()])
-    model_name = model.value if model else default_model(data, dataset.train_x.shape[2:])
+    names = _optimizer_names(optimizer or ())
+    model_name = model or default_model(data, dataset.train_x.shape[2:])
     given = dict(lam=lam, lr=lr, delta=delta, density=density, epochs=epochs, batch_size=batch_size)
-    settings = [default_setting(data, model_name, name, reg.value if reg else None, **given) for name in names]
-    where = _device(device.value, fused)
+    settings = [default_setting(data, model_name, name, reg, **given) for name in names]
+    where = _device(device, fused)
     for setting in settings:  # whatever is wrong with an option shows here, before anything is trained or written
         make_optimizer(make_model(setting, dataset, seed), setting, fused)
     try:
@@ -102,6 +109,11 @@ def run_train(arguments: Sequence[str]) -> int:
 def print_error(error: Exception) -> None:
     """One line on stderr."""
     Console(stderr=True).print(f"error: {error}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _check_choices(option: str, values: Sequence[str | None], known: Sequence[str]) -> None:
+    if unknown := [value for value in values if value is not None and value not in known]:
+        raise ValueError(f"{option} {unknown[0]} is unknown; use one of {', '.join(known)}")
 
 
 def _require_extras(data: str) -> None:
@@ -139,9 +151,8 @@ def _train_all(
         for setting in settings:
             batches = math.ceil(len(data.train_x) / setting.batch_size)
             task = progress.add_task(NAMES[setting.optimizer], total=setting.epochs * batches)
-            runs.append(
-                train(setting, data, seed=seed, fused=fused, device=device, on_batch=lambda _, t=task: progress.advance(t))
-            )
+            tick = partial(progress.advance, task)
+            runs.append(train(setting, data, seed=seed, fused=fused, device=device, on_batch=tick))
     return runs
 
 

@@ -85,7 +85,8 @@ def test_a_folder_and_every_optimizer(tmp_path: Path, extra: None, capsys: pytes
 
 
 def test_options_reach_the_training(tmp_path: Path, extra: None) -> None:
-    options = "--optimizer linbreg --reg sparse-group --lam 0.7 --lr 0.02 --delta 2 --density 0.5 --epochs 1".split()
+    options = ["--optimizer", "linbreg", "--reg", "sparse-group", "--lam", "0.7", "--lr", "0.02", "--delta", "2"]
+    options += ["--density", "0.5", "--epochs", "1"]
     assert main(["train", *options, "--batch-size", "500", "--out", str(tmp_path)]) == 0
     (run,) = json.loads((tmp_path / "training.json").read_text())["runs"]
     expected = dict(reg="sparse-group", lam=0.7, lr=0.02, delta=2.0, density=run["density"], epochs=run["epochs"])
@@ -104,18 +105,23 @@ def test_options_reach_the_training(tmp_path: Path, extra: None) -> None:
         ("--density 3", "density must be in (0, 1], got 3.0"),
         ("--epochs 0", "--epochs"),
         ("--batch-size -3", "--batch-size"),
-        ("--optimizer sgd", "'sgd' is not one of 'adabreg', 'linbreg'"),
-        ("--reg l2", "'l2' is not one of 'l1'"),
+        ("--optimizer sgd", "--optimizer sgd is unknown; use one of adabreg, linbreg"),
+        ("--reg l2", "--reg l2 is unknown; use one of l1"),
         ("--model convnet", "at least 16x16 pixels, got 8x8; use the mlp"),
         ("--data nowhere", "nowhere is no folder; use digits, fashion-mnist, or a folder with IDX files"),
         ("--data .", "has no train-images-idx3-ubyte[.gz], train-labels-idx1-ubyte[.gz], t10k"),
         ("--quick", "--quick"),
-        ("--device tpu", "'tpu' is not one of 'auto', 'cpu', 'cuda'"),
+        ("--device tpu", "--device tpu is unknown; use one of auto, cpu, cuda"),
         ("--out file", "--out file cannot be made a folder"),
     ],
 )
 def test_wrong_options_are_named_before_anything_is_done(
-    options: str, says: str, tmp_path: Path, extra: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    options: str,
+    says: str,
+    tmp_path: Path,
+    extra: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("mine")

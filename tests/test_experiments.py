@@ -117,7 +117,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, how: str, says: str) -> None:
 def test_a_folder_without_the_files_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="is no folder; use digits, fashion-mnist"):
         data.load(str(tmp_path / "nowhere"))
-    with pytest.raises(DataError, match=r"has no train-images-idx3-ubyte\[.gz\], .*apt-get install dataset-fashion-mnist"):
+    with pytest.raises(DataError, match=r"has no train-images-idx3-ubyte\[.gz\], .*apt-get install dataset-fashion"):
         data.load(str(tmp_path))
     folder = write_folder(tmp_path)
     (folder / "t10k-labels-idx1-ubyte").unlink()
@@ -249,13 +249,13 @@ def test_the_defaults_reach_96_percent_at_10_percent_density(digits: Dataset, na
 
 def test_a_run_repeats_and_reports(digits: Dataset, one_thread: None) -> None:
     setting = default_setting("digits", "mlp", "linbreg", epochs=2)
-    batches: list[int] = []
-    first = train(setting, digits, seed=5, on_batch=batches.append)
+    batches: list[None] = []
+    first = train(setting, digits, seed=5, on_batch=lambda: batches.append(None))
     second = train(setting, digits, seed=5)
     assert [(e.loss, e.test_accuracy, e.density) for e in first.epochs[1:]] == [
         (e.loss, e.test_accuracy, e.density) for e in second.epochs[1:]
     ]
-    assert batches == [*range(1, 46)] * 2
+    assert len(batches) == 2 * 45
     assert 0 < first.optimizer_share < 1
     assert first.weights is not None
     assert first.weights.density == first.last.density

@@ -36,8 +36,14 @@ def zoo() -> dict[str, tuple[nn.Module, set[str]]]:
     """Models, and the names of what should be regularized."""
     return {
         "mlp": (nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), {"0.weight", "2.weight"}),
-        "conv": (nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ConvTranspose2d(4, 2, 3)), {"0.weight", "2.weight"}),
-        "one and three dims": (nn.Sequential(nn.Conv1d(2, 2, 3), nn.GroupNorm(1, 2), nn.Conv3d(2, 2, 1)), {"0.weight", "2.weight"}),
+        "conv": (
+            nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ConvTranspose2d(4, 2, 3)),
+            {"0.weight", "2.weight"},
+        ),
+        "one and three dims": (
+            nn.Sequential(nn.Conv1d(2, 2, 3), nn.GroupNorm(1, 2), nn.Conv3d(2, 2, 1)),
+            {"0.weight", "2.weight"},
+        ),
         "transformer": (
             nn.TransformerEncoderLayer(8, 2, 16),
             {"self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight"},
@@ -48,7 +54,7 @@ def zoo() -> dict[str, tuple[nn.Module, set[str]]]:
         ),
         "tied": (Tied(), {"first.weight"}),
         "recurrent": (nn.LSTM(3, 4), set()),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("name", zoo())
@@ -117,7 +123,7 @@ def test_wrong_choices_are_named(weights: object, error: type[Exception], says: 
 
 
 def test_wrong_models_are_named() -> None:
-    with pytest.raises(TypeError, match="needs a torch.nn.Module, got list"):
+    with pytest.raises(TypeError, match=r"needs a torch\.nn\.Module, got list"):
         param_groups([])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="has no parameters"):
         param_groups(nn.ReLU())
@@ -218,7 +224,9 @@ def chains(draw: st.DrawFn) -> tuple[nn.Sequential, tuple[int, ...]]:
 
 @given(chains(), st.floats(0.001, 0.2), st.sampled_from([None, "out", "in", "kernel"]), st.integers(0, 2**31))
 @settings(deadline=None, max_examples=150)
-def test_a_path_leads_through(chain: tuple[nn.Sequential, tuple[int, ...]], share: float, groups: str, seed: int) -> None:
+def test_a_path_leads_through(
+    chain: tuple[nn.Sequential, tuple[int, ...]], share: float, groups: str, seed: int
+) -> None:
     model, shape = chain
     report = sparse_init_(model, share, groups, bias="zero", generator=torch.Generator().manual_seed(seed))
     # With positive weights no path cancels another, and none ends in a ReLU: the data arrive or they do not.

@@ -39,8 +39,8 @@ class Dataset:
     classes: int
 
     def to(self, device: torch.device) -> Dataset:
-        tensors = (t.to(device) for t in (self.train_x, self.train_y, self.test_x, self.test_y))
-        return Dataset(self.name, *tensors, self.classes)
+        train_x, train_y = self.train_x.to(device), self.train_y.to(device)
+        return Dataset(self.name, train_x, train_y, self.test_x.to(device), self.test_y.to(device), self.classes)
 
 
 def load(source: str) -> Dataset:
@@ -93,7 +93,8 @@ def idx_folder(folder: Path) -> Dataset:
     parts: dict[str, Tensor] = {}
     for part in ("train", "test"):
         image_file, label_file = found[f"{part} images"], found[f"{part} labels"]
-        assert image_file is not None and label_file is not None
+        assert image_file is not None
+        assert label_file is not None
         images, labels = read_idx(image_file, _IMAGES), read_idx(label_file, _LABELS)
         if len(images) != len(labels):
             raise DataError(

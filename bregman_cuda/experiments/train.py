@@ -17,7 +17,7 @@ from .data import Dataset
 from .models import build
 from .settings import Setting
 
-OnBatch = Callable[[int], None]
+OnBatch = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Run:
         return sum(e.optimizer_seconds for e in self.epochs) / total if total else math.nan
 
 
-def make_optimizer(model: nn.Module, setting: Setting, fused: bool | None = None) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Sequential, setting: Setting, fused: bool | None = None) -> torch.optim.Optimizer:
     """The optimizer of a setting, over the parameter groups that it asks for."""
     if setting.optimizer == "adam":
         return torch.optim.Adam(model.parameters(), lr=setting.lr, fused=fused is not False)
@@ -111,7 +111,7 @@ def train(
         seed: of the initialisation and the order of the samples.
         fused: as in the optimizers.
         device: where to train.
-        on_batch: called after each batch with the number of batches done.
+        on_batch: called after each batch.
     """
     device = torch.device(device)
     data = data.to(device)
@@ -147,7 +147,7 @@ def _train_epoch(
     total, in_optimizer = torch.zeros((), device=device), 0.0
     start = _now(device)
     batches = torch.randperm(len(data.train_x), generator=order).to(device).split(batch_size)
-    for done, batch in enumerate(batches, start=1):
+    for batch in batches:
         optimizer.zero_grad()
         loss = F.cross_entropy(model(data.train_x[batch]), data.train_y[batch])
         loss.backward()
@@ -156,7 +156,7 @@ def _train_epoch(
         in_optimizer += _now(device) - before
         total += loss.detach() * len(batch)
         if on_batch is not None:
-            on_batch(done)
+            on_batch()
     return float(total) / len(data.train_x), _now(device) - start, in_optimizer
 
 

@@ -241,10 +241,13 @@ def _write(layer: _Layer, bias_scale: float, generator: torch.Generator | None) 
     fresh = torch.zeros_like(tensor)
     fresh[mask] = values
     tensor.copy_(fresh)
-    bias = getattr(layer.weight.module, "bias", None)
+    if layer.bias in ("none", "keep"):
+        return
+    bias = layer.weight.module.bias
+    assert isinstance(bias, Tensor)
     if layer.bias.startswith("zero"):
         bias.zero_()
-    elif layer.bias in ("positive", "symmetric"):
+    else:
         reach = bias_scale / math.sqrt(paths.fan_in(layer.weight.module, layer.shape) or 1)
         low = 0.0 if layer.bias == "positive" else -reach
         drawn = torch.rand(bias.shape, generator=generator, device=device) * (reach - low) + low

@@ -56,7 +56,9 @@ class SparseInitReport:
         return share(self.nonzeros, self.numel)
 
     def __str__(self) -> str:
-        cells = [("sparse weight", "shape", "non-zeros", "density", "std", "live outputs", "bias")]
+        cells: list[tuple[str, ...]] = [
+            ("sparse weight", "shape", "non-zeros", "density", "std", "live outputs", "bias")
+        ]
         for row in self.rows:
             live = "not known" if row.live_outputs is None else f"{row.live_outputs:,}"
             shape = "x".join(map(str, row.shape))

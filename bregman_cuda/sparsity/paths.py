@@ -45,9 +45,9 @@ def before_norm(model: nn.Module) -> set[nn.Module]:
         if isinstance(parent, nn.Sequential):
             children = [c for _, c in _in_line(parent, "") if not isinstance(c, nn.Identity)]
         for layer, after in zip(children, children[1:], strict=False):
-            if isinstance(layer, (nn.Linear, _ConvNd)) and isinstance(after, NORMS):
-                if _norm_width(after) in (None, _outputs(layer)):
-                    found.add(layer)
+            pair = isinstance(layer, (nn.Linear, _ConvNd)) and isinstance(after, NORMS)
+            if pair and _norm_width(after) in (None, _outputs(layer)):
+                found.add(layer)
     return found
 
 

@@ -73,7 +73,7 @@ class DensityReport:
         return 1.0 - self.density
 
     def __str__(self) -> str:
-        cells = [("tensor", "shape", "elements", "non-zeros", "density", "non-zero groups")]
+        cells: list[tuple[str, ...]] = [("tensor", "shape", "elements", "non-zeros", "density", "non-zero groups")]
         cells += [_cells(row) for row in self.rows]
         cells.append(_cells(DensityRow(f"{len(self.rows)} tensors", (), self.numel, self.nonzeros)))
         if self.all_numel is not None and self.all_nonzeros is not None:
