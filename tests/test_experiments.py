@@ -202,6 +202,12 @@ def test_settings_of_the_paper() -> None:
     assert paper_figures("digits", default_setting("digits", "mlp", "linbreg")) is None
 
 
+def test_group_regularizers_have_their_own_strength() -> None:
+    assert default_setting("digits", "mlp", "adabreg").lam == 0.8
+    assert default_setting("digits", "mlp", "adabreg", "group-in").lam == 0.3
+    assert default_setting("digits", "mlp", "adabreg", "group-in", lam=0.5).lam == 0.5
+
+
 def test_adam_stays_dense() -> None:
     setting = default_setting("digits", "mlp", "adam", "l1", lam=1.0, density=0.1, lr=0.01)
     assert (setting.reg, setting.lam, setting.density, setting.lr) == ("none", 0.0, 1.0, 0.01)

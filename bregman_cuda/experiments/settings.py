@@ -89,6 +89,8 @@ _TABLES: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
     ("digits", "mlp"): {
         "": dict(epochs=60, batch_size=32, reg="l1", density=0.02),
         "adabreg": dict(lr=5e-3, lam=0.8, schedule="cosine"),
+        # All elements of a group take steps of one size, so groups come alive late; accuracy 95% at density 35-65%.
+        "adabreg in groups": dict(lam=0.3),
         "linbreg": dict(lr=0.3, lam=0.15),
         "linbreg-momentum": dict(lr=0.3, lam=0.17, momentum=0.9),
         "proxsgd": dict(lr=0.1, lam=2e-3, density=1.0),
@@ -149,7 +151,10 @@ def default_setting(data: str, model: str, optimizer: str, reg: str | None = Non
         chosen["reg"] = reg  # type: ignore[assignment]
     if optimizer == "adam":
         chosen = {name: value for name, value in chosen.items() if name in ("lr", "epochs", "batch_size")}
-    return Setting(**{"model": model, "optimizer": optimizer, **table[""], **table[optimizer], **chosen})
+    defaults = {**table[""], **table[optimizer]}
+    if chosen.get("reg", defaults["reg"]) in ("group-out", "group-in", "sparse-group"):
+        defaults |= table.get(f"{optimizer} in groups", {})
+    return Setting(**{"model": model, "optimizer": optimizer, **defaults, **chosen})
 
 
 def paper_figures(data: str, setting: Setting) -> str | None:
