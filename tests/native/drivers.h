@@ -32,14 +32,14 @@ inline void cuda_step(const PlanView& plan, const void* const* grads, const Step
   CHECK(status == cudaSuccess, "step_cuda: %s", cudaGetErrorString(status));
 }
 
-// The driver's own, and smaller ones, so that small tensors take the paths of large ones.
+// The driver's own, and others, so that small tensors take the paths of large ones.
 inline Tuning some_cuda_tuning(int64_t state_bytes) {
   Tuning tuning = cuda_tuning(state_bytes, tile_bytes(0));
   if (g_random() % 2) {
     tuning.chunk = pick({64, 256});
-    tuning.tile = pick({32, 128});
-    tuning.strided_tile = pick({32, 128});
-    tuning.capacity = pick({64, 128, 512});
+    tuning.tile = pick({32, 128, 1024});
+    tuning.strided_tile = pick({32, 128, 1024});
+    tuning.capacity = pick({64, 128, 512, 2048});
     tuning.max_groups = pick({16, 256});
   }
   return tuning;

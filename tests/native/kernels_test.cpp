@@ -232,20 +232,25 @@ void compare_counts(const TestTensor& t, const PlanView& plan, int tensor, const
 
 // --- one launch ----------------------------------------------------------------------------------------------------
 TensorSpec random_shape(bool grouped) {
+  if (g_random() % 8 == 0) {  // groups that keep all threads of a block busy, several of them
+    const Dims sizes{pick({2, 3, 5}), pick({256, 300, 511})};
+    return spec_of(sizes, dense_strides(sizes, in_order(2)), grouped ? int64_t(1 + g_random() % 2) : -1);
+  }
   if (g_random() % 4) return random_spec(grouped);
   const Dims sizes{pick({0, 1, 7, 8, 9, 63, 64, 65, 255, 511, 513, 1100})};
   return spec_of(sizes, {1}, grouped ? int64_t(g_random() % 2) : -1);
 }
 
-void run_round(const Driver& driver, const RuleNeeds& rule, DType dtype, bool grouped,
+void run_round(const Driver& driver, const RuleNeeds& rule, DType dtype, bool grouped, int count,
                void (*oracle)(TestTensor&, const Step&)) {
   const Step step = random_step(rule, grouped);
   const bool specials = g_random() % 4 == 0, counting = g_random() % 4 != 0;
   std::vector<TestTensor> tensors;
   std::vector<TensorSpec> specs;
   std::vector<const void*> grads;
-  for (int n = 1 + int(g_random() % 4); n > 0; --n) {
-    tensors.emplace_back(random_shape(grouped), rule, dtype, g_random() % 2, specials);
+  for (int n = 0; n < count; ++n) {
+    const TensorSpec shape = count > kMaxGrads ? spec_of({n % 5}, {1}, grouped ? 1 : -1) : random_shape(grouped);
+    tensors.emplace_back(shape, rule, dtype, g_random() % 2, specials);
     specs.push_back(tensors.back().spec);
     grads.push_back(tensors.back().grad.data<void>());
   }
@@ -273,7 +278,10 @@ template <class Rule> void run_rule(const Driver& driver, int id, const char* na
   for (int round = 0; round < rounds; ++round)
     for (bool grouped : {false, true})
       for (DType dtype : {DType::f32, DType::f64, DType::bf16, DType::fp16})
-        run_round(driver, rule, dtype, grouped, oracle<Rule>);
+        run_round(driver, rule, dtype, grouped, 1 + int(g_random() % 4), oracle<Rule>);
+  // More tensors than gradient pointers fit a launch.
+  if (id == 0)
+    for (bool grouped : {false, true}) run_round(driver, rule, DType::f32, grouped, kMaxGrads + 5, oracle<Rule>);
 }
 
 }  // namespace
