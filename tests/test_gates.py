@@ -1,0 +1,259 @@
+"""Gates on what the compilers make of the kernels: no GPU is needed, and no speed is asserted.
+
+CUDA, for sm_80 and sm_90: no spills, no stack, registers within tests/gates/registers.txt, 16-byte global accesses
+for every array, no generic accesses. CPU: every hot loop is reported as vectorised. The flags are the build's own.
+
+After a change that is worth more registers:  python tests/test_gates.py > tests/gates/registers.txt
+"""
+
+from __future__ import annotations
+
+import itertools
+import platform
+import re
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "build_backend"))
+
+from native_build import CUDA_SOURCES, CXX_FLAGS, CXX_OPTIONAL, NVCC_FLAGS  # noqa: E402
+from toolchain import Missing, find_cxx, find_nvcc, gencode_flags  # noqa: E402
+
+pytestmark = pytest.mark.slow
+
+ARCHS = ("8.0", "9.0")
+REGISTERS = ROOT / "tests/gates/registers.txt"
+PACKS = {"float": 1, "double": 1, "bf16": 2, "fp16": 2}  # 16-byte packs of state per pack of parameter
+SPACES = ("global", "shared", "param", "local", "const")
+
+
+def entries(header: str) -> list[str]:
+    """The functors that rule_list.h or penalty_list.h names."""
+    return re.findall(r"^  X\((\w+), \w+\)", (ROOT / "csrc/math" / header).read_text(), re.MULTILINE)
+
+
+RULES, PENALTIES = entries("rule_list.h"), entries("penalty_list.h")
+
+
+def constant(rule: str, name: str) -> int:
+    """A constexpr member of a rule, read from its header."""
+    for header in (ROOT / "csrc/math/rules").glob("*.h"):
+        text = header.read_text()
+        if re.search(rf"^struct {rule} ", text, re.MULTILINE):
+            value = re.search(rf"{name} = (\w+);", text).group(1)
+            return {"true": 1, "false": 0}.get(value) or int(value if value.isdigit() else 0)
+    raise LookupError(rule)
+
+
+def demangled(names: list[str]) -> list[str]:
+    done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
+    return [re.sub(r"bregman::(\w+::)?", "", line) for line in done.stdout.splitlines()]
+
+
+# ---------------------------------------------------------------- CUDA
+
+
+@dataclass
+class Kernel:
+    """One compiled kernel: ptxas's report, and its memory instructions counted."""
+
+    arch: str
+    walker: str
+    rule: str
+    dtype: str
+    registers: int = 0
+    stack: int = 0
+    spills: int = 0
+    memory: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def name(self) -> str:
+        return f"{self.walker}<{self.rule}, {self.dtype}> sm_{self.arch.replace('.', '')}"
+
+    def wide(self, access: str) -> int:
+        """How many 16-byte accesses ("ld" or "st") to global memory it has."""
+        pattern = re.compile(rf"{access}\.global\.(\w+\.)*(v4\.[fub]32|v2\.[fub]64|b128)$")
+        return sum(n for op, n in self.memory.items() if pattern.match(op))
+
+    def generic(self) -> list[str]:
+        return [op for op in self.memory if not any(part.split("::")[0] in SPACES for part in op.split("."))]
+
+
+def memory_instructions(ptx: str) -> dict[str, Counter[str]]:
+    """Loads, stores and atomics of every kernel in a PTX file."""
+    found = {}
+    for part in re.split(r"^\.visible \.entry |^\.weak \.entry |^\.entry ", ptx, flags=re.MULTILINE)[1:]:
+        operations = re.findall(r"^\s*(?:@!?%p\d+\s+)?((?:ld|st|atom|red)\.[\w.:]+)", part, re.MULTILINE)
+        found[re.match(r"\w+", part).group()] = Counter(operations)
+    return found
+
+
+def compile_cuda(source: Path, arch: str, folder: Path) -> list[Kernel]:
+    """The kernels of one file for one architecture: one compilation gives the report and the PTX."""
+    folder.mkdir()
+    command = [find_nvcc().path, *NVCC_FLAGS, *gencode_flags([arch]), "-Icsrc", "-Xptxas=-v", "-cubin", str(source)]
+    command += ["--keep", f"--keep-dir={folder}", "-o", str(folder / "out.cubin")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    log = done.stdout + done.stderr
+    assert done.returncode == 0, log
+    reports = re.findall(
+        r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+        r".*?Used (\d+) registers", log, re.DOTALL,
+    )  # fmt: skip
+    memory = memory_instructions("".join(file.read_text() for file in folder.glob("*.ptx")))
+    kernels = []
+    for (symbol, stack, stores, loads, registers), name in zip(reports, demangled([r[0] for r in reports]), strict=True):
+        walker, rule, dtype = re.search(r"(\w+)_kernel<(\w+), (\w+)>", name).groups()
+        spills = int(stores) + int(loads)
+        kernels.append(Kernel(arch, walker, rule, dtype, int(registers), int(stack), spills, memory[symbol]))
+    return kernels
+
+
+def compile_all(folder: Path) -> list[Kernel]:
+    sources = [file for pattern in CUDA_SOURCES for file in sorted(ROOT.glob(pattern)) if "__global__" in file.read_text()]
+    jobs = [(source, arch, folder / f"{source.stem}_{arch}") for source, arch in itertools.product(sources, ARCHS)]
+    with ThreadPoolExecutor(2) as pool:
+        return [kernel for kernels in pool.map(lambda job: compile_cuda(*job), jobs) for kernel in kernels]
+
+
+def budgets() -> dict[tuple[str, ...], int]:
+    """Registers by (walker, rule, dtype, architecture)."""
+    rows = [line.split() for line in REGISTERS.read_text().splitlines() if line and line[0] != "#"]
+    return {(*row[:3], arch): int(limit) for row in rows for arch, limit in zip(ARCHS, row[3:], strict=True)}
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[Kernel]:
+    try:
+        find_nvcc()
+    except Missing as missing:
+        pytest.skip(str(missing))
+    return compile_all(tmp_path_factory.mktemp("cuda"))
+
+
+def test_every_kernel_is_there(kernels: list[Kernel]) -> None:
+    wanted = set(itertools.product(("separable", "tile"), RULES, PACKS, ARCHS))
+    assert {(k.walker, k.rule, k.dtype, k.arch) for k in kernels} == wanted
+
+
+def test_no_spills_and_no_stack(kernels: list[Kernel]) -> None:
+    assert [f"{k.name}: {k.stack} bytes stack, {k.spills} spilled" for k in kernels if k.stack or k.spills] == []
+
+
+def test_registers_are_within_the_budget(kernels: list[Kernel]) -> None:
+    limits = budgets()
+    over = [(k, limits.get((k.walker, k.rule, k.dtype, k.arch), 0)) for k in kernels]
+    assert [f"{k.name}: {k.registers} registers, budget {limit}" for k, limit in over if k.registers > limit] == []
+
+
+def test_global_accesses_are_16_bytes_wide(kernels: list[Kernel]) -> None:
+    """A kernel reads the gradient and its state, and writes parameter and state, in 16-byte pieces."""
+    narrow = []
+    for k in kernels:
+        slots, reads_param = constant(k.rule, "kStateSlots"), constant(k.rule, "kReadsParam")
+        master = reads_param and PACKS[k.dtype] == 2
+        state = PACKS[k.dtype] * (slots + master)
+        loads, stores = 1 + state + (reads_param and not master), 1 + state
+        if k.wide("ld") < loads or k.wide("st") < stores:
+            narrow.append(f"{k.name}: {k.wide('ld')} of {loads} loads, {k.wide('st')} of {stores} stores")
+    assert narrow == []
+
+
+def test_no_generic_accesses(kernels: list[Kernel]) -> None:
+    assert [f"{k.name}: {k.generic()}" for k in kernels if k.generic()] == []
+
+
+def test_the_ptx_reader_sees_generic_and_narrow_accesses() -> None:
+    ptx = ".visible .entry f(\n)\n{\n ld.global.nc.v4.f32 {%f1};\n @%p1 st.v4.f32 [%rd1], {%f1};\n ld.global.v2.u32 %r1;\n}\n"
+    kernel = Kernel("9.0", "x", "y", "float", memory=memory_instructions(ptx)["f"])
+    assert kernel.generic() == ["st.v4.f32"]
+    assert (kernel.wide("ld"), kernel.wide("st")) == (1, 0)
+
+
+# ---------------------------------------------------------------- CPU
+
+# Loops that are functions of their own, by template arguments; and loops that are inlined into their callers.
+MASKED = ("true", "false")
+NAMED = {name: (RULES, PENALTIES, PACKS, MASKED) for name in ("separable_block", "points_block")}
+INLINED = ("finish_block", "squares", "sum_squares")
+# By name of caller: with a mask, GCC 12 turns the zeroing before a 16-bit store into branches.
+KNOWN = {"finish_block": r"^void for_blocks<float, GroupTile<\w+, \w+, (bf16|fp16)>"}
+KERNELS = ROOT / "csrc/cpu/kernels.h"
+
+
+def loop_lines(function: str) -> set[int]:
+    """Line numbers of the loops in the body of a function template of kernels.h."""
+    lines = KERNELS.read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if re.search(rf"^\S.*\b{function}\(", line))
+    end = next(i for i in range(start, len(lines)) if lines[i] == "}")
+    return {i + 1 for i in range(start, end) if re.match(r"\s*for \(", lines[i])}
+
+
+def read_dump(text: str) -> dict[tuple[str, int], bool]:
+    """(function, line) of every loop of kernels.h that GCC looked at, and whether it was vectorised.
+
+    A function with several copies of a loop counts as vectorised if one of them is.
+    """
+    seen: dict[tuple[str, int], bool] = defaultdict(bool)
+    function = ""
+    for line in text.splitlines():
+        if header := re.match(r";; Function .*\((\w+)", line):
+            function = header.group(1)
+        elif note := re.match(r"\S*cpu/kernels\.h:(\d+):\d+: (optimized|missed): +(.*)", line):
+            key = function, int(note.group(1))
+            seen[key] |= note.group(2) == "optimized" and note.group(3).startswith("loop vectorized")
+    names = sorted({name for name, _ in seen})
+    plain = dict(zip(names, demangled(names), strict=True))
+    return {(plain[name], line): ok for (name, line), ok in seen.items()}
+
+
+@pytest.fixture(scope="module")
+def loops(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], bool]:
+    try:
+        cxx = find_cxx()
+    except Missing as missing:
+        pytest.skip(str(missing))
+    if "clang" in cxx.version:
+        pytest.skip(f"the vectoriser's report is GCC's; this is {cxx.version}")
+    if platform.machine() != "x86_64":
+        pytest.skip(f"the AVX2 loops are x86-64's; this is {platform.machine()}")
+    dump = tmp_path_factory.mktemp("cpu") / "vect.txt"
+    command = [*cxx.command, *CXX_FLAGS, *filter(cxx.accepts, CXX_OPTIONAL), "-Icsrc", "-S", "-o", "/dev/null"]
+    command += [f"-fdump-tree-vect-optimized-missed={dump}", "csrc/cpu/kernels_avx2.cpp"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return read_dump(dump.read_text())
+
+
+@pytest.mark.parametrize("function", NAMED)
+def test_every_instance_is_vectorised(loops: dict[tuple[str, int], bool], function: str) -> None:
+    lines = loop_lines(function)
+    vectorised = {name for (name, line), ok in loops.items() if ok and line in lines}
+    done = {match.group(1) for name in vectorised if (match := re.search(rf"\b{function}<([^<>]*)>", name))}
+    wanted = {", ".join(arguments) for arguments in itertools.product(*NAMED[function])}
+    assert sorted(wanted - done) == []
+
+
+@pytest.mark.parametrize("function", INLINED)
+def test_inlined_loops_are_vectorised(loops: dict[tuple[str, int], bool], function: str) -> None:
+    lines = loop_lines(function)
+    assert any(ok for (_, line), ok in loops.items() if line in lines)
+    left = {name for (name, line), ok in loops.items() if line in lines and not ok}
+    assert sorted(name for name in left if not re.search(KNOWN.get(function, "$^"), name)) == []
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    compiled = compile_all(Path(tempfile.mkdtemp()))
+    used = {(k.walker, k.rule, k.dtype, k.arch): k.registers for k in compiled}
+    print("# Registers per thread that a kernel may use: walker, rule, dtype, " + ", ".join(f"sm_{a.replace('.', '')}" for a in ARCHS))
+    for key in itertools.product(("separable", "tile"), RULES, PACKS):
+        print(f"{key[0]:<10} {key[1]:<16} {key[2]:<7}", *(f"{used[*key, arch]:>3}" for arch in ARCHS))
