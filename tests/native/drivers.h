@@ -39,7 +39,7 @@ inline Tuning some_cuda_tuning(int64_t state_bytes) {
     tuning.chunk = pick({64, 256});
     tuning.tile = pick({32, 128, 1024});
     tuning.strided_tile = pick({32, 128, 1024});
-    tuning.capacity = pick({64, 128, 512, 2048});
+    tuning.capacity = pick({64, 102, 510, 2048});
     tuning.max_groups = pick({16, 256});
   }
   return tuning;

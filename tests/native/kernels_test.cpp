@@ -106,16 +106,17 @@ struct TestTensor {
   std::vector<double> p, g, s[kMaxSlots], error_scale;
   std::vector<char> keep;
 
-  TestTensor(const TensorSpec& shape, const RuleNeeds& rule, DType dtype, bool masked, bool specials)
+  // `shift` says how far each view is misaligned at most.
+  TestTensor(const TensorSpec& shape, const RuleNeeds& rule, DType dtype, bool masked, bool specials, unsigned shift)
       : spec(shape),
         numel(product(spec.sizes)),
         slots(rule.slots),
-        param(dtype, numel, g_random() % 9),
+        param(dtype, numel, g_random() % (1 + shift)),
         grad(dtype, numel, g_random() % 9),
         mask(sizeof(uint64_t), (numel + 63) / 64, g_random() % 3),
         p(numel), g(numel), error_scale(numel), keep(numel, 1) {
     const bool master = rule.reads_param && size_of(dtype) == 2;
-    for (int k = 0; k < slots + master; ++k) state.emplace_back(wide(dtype), numel, g_random() % 5);
+    for (int k = 0; k < slots + master; ++k) state.emplace_back(wide(dtype), numel, g_random() % (1 + shift));
     for (auto& values : s) values.resize(numel);
     std::fill_n(mask.data<uint64_t>(), (numel + 63) / 64, 0);
     for (int64_t i = 0; i < numel; ++i) {
@@ -250,7 +251,7 @@ void run_round(const Driver& driver, const RuleNeeds& rule, DType dtype, bool gr
   std::vector<const void*> grads;
   for (int n = 0; n < count; ++n) {
     const TensorSpec shape = count > kMaxGrads ? spec_of({n % 5}, {1}, grouped ? 1 : -1) : random_shape(grouped);
-    tensors.emplace_back(shape, rule, dtype, g_random() % 2, specials);
+    tensors.emplace_back(shape, rule, dtype, g_random() % 2, specials, g_random() % 2 * 8);
     specs.push_back(tensors.back().spec);
     grads.push_back(tensors.back().grad.data<void>());
   }
