@@ -9,10 +9,9 @@ BREGMAN_BEGIN
 // or 1 where the prox is the identity (lam = 0); an infinite norm gives 1; NaN stays NaN.
 template <class Scalar, class C>
 BREGMAN_HD C radial_factor(C norm, C scale, const Penalty<C>& k) {
-  norm = norm == C(0) ? smallest_normal<C>::value : norm;
+  norm = select(norm == C(0), C(smallest_normal<C>::value), norm);
   C shrunk = Scalar::template prox<C>(norm, scale, k);
-  C ratio = shrunk / norm;
-  return shrunk == norm ? C(1) : ratio;
+  return select(shrunk == norm, C(1), shrunk / norm);
 }
 
 // The same with the penalty chosen at run time.
