@@ -35,8 +35,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         check_finite: bool,
     ) -> None:
         flags = dict(maximize=maximize, fused=fused, count_nonzeros=count_nonzeros, check_finite=check_finite)
-        self._plans: dict[tuple[Any, ...], GroupPlan] = {}
-        self._last: dict[int, GroupPlan] = {}
+        self._plans: dict[int, tuple[Any, GroupPlan]] = {}
         self._check({**defaults, **flags, "params": []})
         super().__init__(params, {**defaults, **flags})
 
@@ -135,19 +134,17 @@ class SparseOptimizer(torch.optim.Optimizer):
                     raise FloatingPointError(f"the gradient of {self._describe(group, i)} has NaN or Inf; nothing was changed")
 
     def _plan(self, number: int, group: dict[str, Any], active: Any) -> GroupPlan:
-        reg = group["reg"]
+        """The group's plan; built anew when anything but gradients and scalars changed."""
+        reg, params = group["reg"], group["params"]
         grouping = None if reg is None or reg.radial is None else (reg.groups, reg.weight)
-        key = (number, active, self._rule(group).name, grouping, group["fused"])
-        plan = self._plans.get(key)
-        if plan is not None:
-            params = group["params"]
-            pointers = [p.data_ptr() for p in params] if len(active) == len(params) else [params[i].data_ptr() for i in active]
-            if plan.pointers == pointers and self._last.get(number) is plan:
-                return plan
-        # Another active set shares tensors with this one, and with them step counters: rebuild after each change.
-        self._check({**group, "params": [group["params"][i] for i in active], "param_names": None})
-        self._plans = {k: v for k, v in self._plans.items() if k[0] != number}
-        plan = self._plans[key] = self._last[number] = GroupPlan(self, group, active)
+        key = (active, self._rule(group).name, grouping, group["fused"])
+        pointers = [p.data_ptr() for p in params] if len(active) == len(params) else [params[i].data_ptr() for i in active]
+        known = self._plans.get(number)
+        if known is not None and known[0] == key and known[1].pointers == pointers:
+            return known[1]
+        self._check(group)
+        plan = GroupPlan(self, group, active)
+        self._plans[number] = (key, plan)
         return plan
 
     def _init_state(self, param: Tensor, group: dict[str, Any], rule: Rule) -> dict[str, Any]:
@@ -212,7 +209,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         return optimizer_report(self)
 
     def _forget_plans(self) -> None:
-        self._plans, self._last = {}, {}
+        self._plans = {}
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch, with regularizers as plain data, so that `torch.load(weights_only=True)` reads it."""

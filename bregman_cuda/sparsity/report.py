@@ -162,7 +162,7 @@ def _count(name: str, tensor: Tensor, dims: tuple[int, ...] | None) -> _Counted:
 def _last_counts(optimizer: SparseOptimizer) -> dict[Tensor, tuple[Tensor, Tensor | None]]:
     """What the last step of an optimizer with ``count_nonzeros`` left on the device."""
     counted = {}
-    for number, plan in optimizer._last.items():
+    for number, (_, plan) in optimizer._plans.items():
         for bucket in plan.buckets if optimizer.param_groups[number]["count_nonzeros"] else ():
             for parameter, nonzeros, groups in bucket.counts() or ():
                 counted[parameter] = (nonzeros, groups)
