@@ -47,8 +47,8 @@ def tolerance(problem: Problem, outcome: Outcome) -> float:
 def check(problem: Problem, driver: Driver) -> Outcome:
     """Kernels and reference agree, and the kernels' counts are those of the final parameters."""
     got, want = run(problem, fused=True), run(problem, fused=False)
-    assert all(b.kernels is _backend._load("cpu")[0] for plan in got.optimizer._last.values() for b in plan.buckets)
-    assert all(type(b) is ReferenceBucket for plan in want.optimizer._last.values() for b in plan.buckets)
+    assert all(b.kernels is _backend._load("cpu")[0] for _, b in got.optimizer._buckets())
+    assert all(type(b) is ReferenceBucket for _, b in want.optimizer._buckets())
     assert_same(got, want, tolerance(problem, want), lambda i: f"{i} of shape {problem.shapes[i]}")
     reg = problem.reg()
     counted = [i for i in range(len(got.params)) if reg is not None or "mask" in got.states[i]]
@@ -148,7 +148,7 @@ def test_a_view_with_gaps_goes_through_the_reference_and_is_refused_by_fused(ker
             twin.grad = p.grad.clone()
         for optimizer in optimizers:
             optimizer.step()
-    assert {type(b) for plan in optimizers[0]._last.values() for b in plan.buckets} == {FusedBucket, ReferenceBucket}
+    assert {type(b) for _, b in optimizers[0]._buckets()} == {FusedBucket, ReferenceBucket}
     assert gaps.intact()
     for p, twin in zip(params, twins):
         assert torch.equal(p, twin)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from ..reference import state_dtype
 from ..regularizers import Regularizer
 from ..regularizers._base import check_number
 from . import _masks
-from ._plan import GroupPlan, slots_of
+from ._plan import Bucket, GroupPlan, slots_of
 from ._rule import Rule
 
 _FLAGS = {"maximize": False, "fused": None, "count_nonzeros": False, "check_finite": False}
@@ -60,15 +60,18 @@ class SparseOptimizer(torch.optim.Optimizer):
             raise
         self._forget_plans()
 
-    def _check(self, group: dict[str, Any]) -> None:
-        owner = type(self).__name__
+    def _check_options(self, group: dict[str, Any]) -> None:
+        owner, reg = type(self).__name__, group["reg"]
         check_lr(owner, group["lr"])
-        reg = group["reg"]
         if reg is not None and not isinstance(reg, Regularizer):
             raise TypeError(f"{owner}: reg must be None or a regularizer such as bregman_cuda.L1(lam=0.1), got {reg!r}")
         if group["fused"] not in (None, True, False):
             raise ValueError(f"{owner}: fused must be True, False or None, got {group['fused']!r}")
         self._check_group(group)
+
+    def _check(self, group: dict[str, Any]) -> None:
+        self._check_options(group)
+        owner, reg = type(self).__name__, group["reg"]
         for index, param in enumerate(group["params"]):
             if not param.is_floating_point():
                 raise TypeError(
@@ -116,6 +119,7 @@ class SparseOptimizer(torch.optim.Optimizer):
                 active: Any = range(len(params))
             else:
                 active = tuple(i for i, p in enumerate(params) if p.grad is not None)
+            self._check_options(group)  # they may have changed since the last step
             self._check_grads(group, active, grads)
             ready.append((self._plan(number, group, active), group, grads))
         return ready
@@ -127,7 +131,6 @@ class SparseOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__} does not support sparse gradients: {self._describe(group, index)}; "
                 "use sparse=False in its embedding, or another optimizer for it"
             )
-        check_lr(type(self).__name__, group["lr"])
         if group["check_finite"]:
             for i, grad in zip(active, grads):
                 if not bool(torch.isfinite(grad).all()):
@@ -189,7 +192,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             if mask.shape != param.shape:
                 raise ValueError(f"set_mask: the mask has shape {tuple(mask.shape)}, the parameter {tuple(param.shape)}")
             mask = mask.to(param.device)
-            state["mask"] = _masks.pack(mask, param)
+            state["mask"] = _masks.pack(mask)
             for tensor in (param, *(t for key, t in state.items() if key not in ("step", "mask"))):
                 tensor.masked_fill_(~mask, 0)
         self._forget_plans()
@@ -207,6 +210,12 @@ class SparseOptimizer(torch.optim.Optimizer):
         from ..sparsity.report import optimizer_report
 
         return optimizer_report(self)
+
+    def _buckets(self) -> Iterator[tuple[dict[str, Any], Bucket]]:
+        """The buckets of the current plans, each with its parameter group."""
+        for number, (_, plan) in self._plans.items():
+            for bucket in plan.buckets:
+                yield self.param_groups[number], bucket
 
     def _forget_plans(self) -> None:
         self._plans = {}

@@ -1,4 +1,4 @@
-"""Bit-packed masks, in the memory order of the parameter they belong to."""
+"""Bit-packed masks, in index order (last dimension fastest): a parameter's memory layout may change under them."""
 
 from __future__ import annotations
 
@@ -23,12 +23,11 @@ def flat(t: Tensor) -> Tensor:
     return t.as_strided((t.numel(),), (1,))
 
 
-def pack(mask: Tensor, like: Tensor) -> Tensor:
-    """uint8 tensor with bit i % 8 of byte i // 8 set where memory element i of `like` is kept."""
-    ordered = torch.empty_like(like, dtype=torch.bool).copy_(mask)
-    bits = torch.zeros(-(-mask.numel() // _WORD) * _WORD, dtype=torch.uint8, device=like.device)
-    bits[: mask.numel()] = flat(ordered)
-    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=like.device)
+def pack(mask: Tensor) -> Tensor:
+    """uint8 tensor with bit i % 8 of byte i // 8 set where element i is kept."""
+    bits = torch.zeros(-(-mask.numel() // _WORD) * _WORD, dtype=torch.uint8, device=mask.device)
+    bits[: mask.numel()] = mask.reshape(-1)
+    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=mask.device)
     return (bits.view(-1, 8) * weights).sum(1, dtype=torch.uint8)
 
 
@@ -36,6 +35,11 @@ def unpack(packed: Tensor, like: Tensor) -> Tensor:
     """The bool mask of `like`'s shape that `pack` stored."""
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
     bits = (packed.unsqueeze(1).bitwise_right_shift(shifts) & 1).view(-1)[: like.numel()]
-    mask = torch.empty_like(like, dtype=torch.bool)
-    flat(mask).copy_(bits)
-    return mask
+    return bits.bool().view(like.shape)
+
+
+def in_memory_order(packed: Tensor, param: Tensor) -> Tensor:
+    """What kernels read: bit i belongs to the parameter's element i in memory."""
+    if param.is_contiguous():
+        return packed
+    return pack(flat(torch.empty_like(param, dtype=torch.bool).copy_(unpack(packed, param))))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import _backend, reference
-from ._masks import unpack
+from ._masks import in_memory_order, unpack
 from ._rule import Rule
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ class ReferenceBucket(Bucket):
             mask = state.get("mask")
             mask = None if mask is None else unpack(mask, param)
             reference.step_(self.rule, reg, h, param, grad, state, mask, grad_scale)
-        if group["count_nonzeros"]:
-            self.counted = [(p, *reference.count_nonzeros(p, reg)) for p in self.params]
+        count = group["count_nonzeros"]
+        self.counted = [(p, *reference.count_nonzeros(p, reg)) for p in self.params] if count else None
 
     def counts(self) -> Counts | None:
         return self.counted
@@ -82,7 +82,7 @@ class FusedBucket(Bucket):
         self.slots = slots_of(rule, params[0])
         flat_state = [state[slot] for state in states for slot in self.slots]
         none = torch.empty(0, dtype=torch.uint8, device=params[0].device)
-        masks = [state.get("mask", none) for state in states]
+        masks = [in_memory_order(s["mask"], p) if "mask" in s else none for s, p in zip(states, params)]
         self.plan = kernels.plan(
             params,
             flat_state,
@@ -101,12 +101,13 @@ class FusedBucket(Bucket):
     def run(self, group: dict[str, Any], grads: list[Tensor], grad_scale: float) -> None:
         h, reg, kernels = self.rule.hyper(group, self.step + 1), group["reg"], self.kernels
         kinds, scalars = kernels.encode(self.rule, reg, h, grad_scale)
-        if group["count_nonzeros"] and self.item_counts is None:
+        if not group["count_nonzeros"]:
+            self.item_counts = None  # what an earlier step counted is no longer true
+        elif self.item_counts is None:
             size = (len(self.item_tensor), 2)
             self.item_counts = torch.zeros(size, dtype=torch.int32, device=self.params[0].device)
-        counts = self.item_counts if group["count_nonzeros"] else None
         args = (self.plan, self.device_plan)
-        tail = (self.none if counts is None else counts, kinds, scalars)
+        tail = (self.none if self.item_counts is None else self.item_counts, kinds, scalars)
         while (odd := kernels.step(*args, grads, *tail)) >= 0:  # nothing was changed: gradient `odd` is laid out otherwise
             grads = list(grads)
             grads[odd] = torch.empty_like(self.params[odd]).copy_(grads[odd])

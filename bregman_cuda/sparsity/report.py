@@ -162,10 +162,9 @@ def _count(name: str, tensor: Tensor, dims: tuple[int, ...] | None) -> _Counted:
 def _last_counts(optimizer: SparseOptimizer) -> dict[Tensor, tuple[Tensor, Tensor | None]]:
     """What the last step of an optimizer with ``count_nonzeros`` left on the device."""
     counted = {}
-    for number, (_, plan) in optimizer._plans.items():
-        for bucket in plan.buckets if optimizer.param_groups[number]["count_nonzeros"] else ():
-            for parameter, nonzeros, groups in bucket.counts() or ():
-                counted[parameter] = (nonzeros, groups)
+    for group, bucket in optimizer._buckets():
+        for parameter, nonzeros, groups in (bucket.counts() or ()) if group["count_nonzeros"] else ():
+            counted[parameter] = (nonzeros, groups)
     return counted
 
 
