@@ -88,7 +88,9 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     def _describe(self, group: dict[str, Any], index: int) -> str:
         names = group.get("param_names")
-        return f"parameter {names[index]!r}" if names else f"parameter {index} of shape {tuple(group['params'][index].shape)}"
+        if names:
+            return f"parameter {names[index]!r}"
+        return f"parameter {index} of shape {tuple(group['params'][index].shape)}"
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -134,14 +136,16 @@ class SparseOptimizer(torch.optim.Optimizer):
         if group["check_finite"]:
             for i, grad in zip(active, grads):
                 if not bool(torch.isfinite(grad).all()):
-                    raise FloatingPointError(f"the gradient of {self._describe(group, i)} has NaN or Inf; nothing was changed")
+                    name = self._describe(group, i)
+                    raise FloatingPointError(f"the gradient of {name} has NaN or Inf; nothing was changed")
 
     def _plan(self, number: int, group: dict[str, Any], active: Any) -> GroupPlan:
         """The group's plan; built anew when anything but gradients and scalars changed."""
         reg, params = group["reg"], group["params"]
         grouping = None if reg is None or reg.radial is None else (reg.groups, reg.weight)
         key = (active, self._rule(group).name, grouping, group["fused"])
-        pointers = [p.data_ptr() for p in params] if len(active) == len(params) else [params[i].data_ptr() for i in active]
+        stepped = params if len(active) == len(params) else [params[i] for i in active]
+        pointers = [p.data_ptr() for p in stepped]
         known = self._plans.get(number)
         if known is not None and known[0] == key and known[1].pointers == pointers:
             return known[1]
@@ -190,7 +194,9 @@ class SparseOptimizer(torch.optim.Optimizer):
             if mask.dtype != torch.bool:
                 raise TypeError(f"set_mask: the mask must have dtype torch.bool, got {mask.dtype}")
             if mask.shape != param.shape:
-                raise ValueError(f"set_mask: the mask has shape {tuple(mask.shape)}, the parameter {tuple(param.shape)}")
+                raise ValueError(
+                    f"set_mask: the mask has shape {tuple(mask.shape)}, the parameter {tuple(param.shape)}"
+                )
             mask = mask.to(param.device)
             state["mask"] = _masks.pack(mask)
             for tensor in (param, *(t for key, t in state.items() if key not in ("step", "mask"))):

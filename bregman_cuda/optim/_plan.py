@@ -108,7 +108,7 @@ class FusedBucket(Bucket):
             self.item_counts = torch.zeros(size, dtype=torch.int32, device=self.params[0].device)
         args = (self.plan, self.device_plan)
         tail = (self.none if self.item_counts is None else self.item_counts, kinds, scalars)
-        while (odd := kernels.step(*args, grads, *tail)) >= 0:  # nothing was changed: gradient `odd` is laid out otherwise
+        while (odd := kernels.step(*args, grads, *tail)) >= 0:  # nothing changed: this gradient is laid out otherwise
             grads = list(grads)
             grads[odd] = torch.empty_like(self.params[odd]).copy_(grads[odd])
         self.advance()
