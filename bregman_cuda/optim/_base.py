@@ -142,8 +142,8 @@ class SparseOptimizer(torch.optim.Optimizer):
     def _plan(self, number: int, group: dict[str, Any], active: Any) -> GroupPlan:
         """The group's plan; built anew when anything but gradients and scalars changed."""
         reg, params = group["reg"], group["params"]
-        grouping = None if reg is None or reg.radial is None else (reg.groups, reg.weight)
-        key = (active, self._rule(group).name, grouping, group["fused"])
+        kind = (type(reg), getattr(reg, "groups", None), getattr(reg, "weight", None))
+        key = (active, self._rule(group).name, kind, group["fused"])
         stepped = params if len(active) == len(params) else [params[i] for i in active]
         pointers = [p.data_ptr() for p in stepped]
         known = self._plans.get(number)
