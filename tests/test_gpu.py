@@ -1,0 +1,142 @@
+"""The CUDA kernels on a device: the same cases against the same reference, streams, graphs of launches, counts."""
+
+from __future__ import annotations
+
+import pytest
+import registry
+import torch
+from harness import Problem, assert_same, run, same_bits, true_counts
+from test_kernels import tolerance
+
+from bregman_cuda import L1, AdaBreg, GroupLasso, LinBreg, _backend
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _kernels():
+    kernels, why = _backend._load("cuda")
+    assert kernels is not None, f"there is a device, but no kernels: {why}"
+
+
+def check(problem: Problem) -> None:
+    """The device against the reference on the CPU, whose every operation is correctly rounded."""
+    got, want = run(problem, fused=True, device="cuda"), run(problem, fused=False)
+    assert all(p.is_cuda for p in got.params)
+    assert_same(got, want, tolerance(problem, want), lambda i: f"{i} of shape {problem.shapes[i]}")
+    reg = problem.reg()
+    counted = [i for i in range(len(got.params)) if reg is not None or "mask" in got.states[i]]
+    assert got.counts == [true_counts(got.params[i], reg) for i in counted or range(len(got.params))]
+
+
+@pytest.mark.parametrize("dtype", registry.DTYPES, ids=str)
+@pytest.mark.parametrize("reg", registry.REGULARIZERS)
+@pytest.mark.parametrize("rule", registry.RULES)
+def test_every_rule_regularizer_and_dtype(rule, reg, dtype):
+    case = registry.REGULARIZERS[reg]
+    shapes = registry.shapes(case.min_ndim, "cuda")
+    if dtype != torch.float32:
+        shapes = shapes[(len(rule) + len(reg)) % 3 :: 3]
+    check(Problem(rule, case, dtype, shapes, steps=2, masked=dtype in (torch.float32, torch.bfloat16)))
+
+
+@pytest.mark.parametrize("grad_layout", [*registry.LAYOUTS, "gaps"])
+@pytest.mark.parametrize("layout", registry.LAYOUTS)
+def test_every_pair_of_layouts(layout, grad_layout):
+    shapes = [(3, 4, 2, 5), (2, 3, 5), (9, 7), (65,), (1, 5, 1, 3), (4, 1, 3, 3)]
+    for reg in ("none", "group_out", "sparse_group_out", "group_last"):
+        for dtype in (torch.float32, torch.bfloat16):
+            check(Problem("adabreg", registry.REGULARIZERS[reg], dtype, shapes, [layout], [grad_layout], masked=True))
+
+
+def test_runs_on_the_current_stream():
+    """Gradients that a slow stream is still writing are waited for, because the step is in the same stream."""
+    stream, n = torch.cuda.Stream(), 1 << 20
+    p = torch.nn.Parameter(torch.zeros(n, device="cuda"))
+    p.grad = torch.zeros(n, device="cuda")
+    optimizer = LinBreg([p], lr=1.0, reg=L1(0.5), fused=True)
+    optimizer.step()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        p.grad.fill_(-2.0)
+        optimizer.step()
+        result = p.detach().clone()
+    stream.synchronize()
+    assert bool((result == 1.5).all())
+
+
+@pytest.mark.parametrize("reg", ["l1", "group_out", "group_in"])
+def test_one_launch_per_group_and_no_wait(reg):
+    """500 tensors in each of two groups: two kernels, and no call that waits for the device."""
+    params = [torch.nn.Parameter(torch.randn(4, 3 + i % 5, device="cuda")) for i in range(1000)]
+    groups = [{"params": params[:500]}, {"params": params[500:], "lr": 0.2}]
+    optimizer = AdaBreg(groups, reg=registry.REGULARIZERS[reg](), fused=True, count_nonzeros=True)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]) as profile:
+        optimizer.step()
+        torch.cuda.synchronize()
+    on_device = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [e.name for e in on_device if "memcpy" not in e.name.lower() and "memset" not in e.name.lower()]
+    assert len(kernels) == 2, kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    report = optimizer.density()
+    assert [r.nonzeros for r in report.rows] == [int(torch.count_nonzero(p)) for p in params]
+
+
+def test_more_tensors_than_one_launch_holds():
+    """Gradient pointers travel as kernel arguments, 1000 at a time."""
+    sides = []
+    for device, fused in (("cuda", True), ("cpu", False)):
+        generator = torch.Generator().manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(5, 2, generator=generator).to(device)) for _ in range(2101)]
+        optimizer = LinBreg(params, reg=GroupLasso(0.1), fused=fused)
+        for p in params:
+            p.grad = torch.randn(5, 2, generator=generator).to(device)
+        optimizer.step()
+        sides.append(params)
+    assert all(same_bits(a.detach().cpu(), b.detach()) for a, b in zip(*sides))
+
+
+@pytest.mark.parametrize("rule", registry.RULES)
+def test_a_nan_gradient_makes_the_weight_nan(rule):
+    for case in registry.REGULARIZERS.values():
+        p = torch.nn.Parameter(torch.zeros(3, 4, 5, device="cuda"))
+        p.grad = torch.zeros_like(p)
+        p.grad[0, 1, 2] = torch.nan
+        registry.RULES[rule].make([p], case(), fused=True).step()
+        assert bool(p[0, 1, 2].isnan())
+
+
+def test_same_bits_run_to_run():
+    for reg in ("l1", "group_out", "group_in"):
+        problem = Problem("adabreg", registry.REGULARIZERS[reg], torch.float32, [(700, 900), (65, 3, 3, 3)], masked=True)
+        first = run(problem, True, "cuda")
+        for _ in range(3):
+            again = run(problem, True, "cuda")
+            assert all(same_bits(a, b) for a, b in zip(first.params, again.params))
+            assert first.counts == again.counts
+
+
+@pytest.mark.slow
+def test_more_than_2_to_the_31_elements():
+    n = 2**31 + 12345
+    if torch.cuda.mem_get_info()[0] < 20 * n:
+        pytest.skip("needs 43 GB of free device memory")
+    p = torch.nn.Parameter(torch.zeros(n, dtype=torch.bfloat16, device="cuda"))
+    p.grad = torch.ones_like(p)
+    p.grad[-1] = 3
+    optimizer = LinBreg([p], lr=1.0, reg=L1(2.0), fused=True, count_nonzeros=True)
+    optimizer.step()
+    assert float(p[-1]) == -1.0
+    assert optimizer.density().nonzeros == 1
