@@ -1,6 +1,7 @@
 """Benchmarks in one command: a table, a plot and a JSON.
 
     python benchmarks/report.py [--quick] [--out DIR] [--device cpu|cuda] [--dtype float32] [--shapes resnet18 ...]
+                                   [--threads N] [--seconds S]
 
 The contestants take turns in every round; a figure is the median over the rounds. `vs Adam` is the step time over
 that of torch's fused Adam in the same round: on a noisy machine it is the figure to trust. GB/s are the declared
@@ -42,17 +43,21 @@ QUICK = {  # optimizer, penalty and driver of the short run; a None matches ever
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="ResNet-18 and tiny tensors, main contestants; under 45 s")
+    parser.add_argument("--quick", action="store_true", help="ResNet-18 and tiny tensors, main contestants")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for report.json and report.png (out)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), default="float32")
-    parser.add_argument("--shapes", nargs="+", choices=shapes.SETS, help="which sets (default: what the device can bear)")
+    parser.add_argument("--shapes", nargs="+", choices=shapes.SETS, help="default: what the device can bear")
+    parser.add_argument("--threads", type=int, help="on the CPU; 1: count CPU time (busy machines)")
     parser.add_argument("--seconds", type=float, help="time for the rounds of each set (8; --quick: 6)")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this torch sees no CUDA device; use --device cpu")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
     if args.shapes is None:
-        args.shapes = ["resnet18", "tiny"] if args.quick else [n for n in shapes.SETS if n != "large" or args.device == "cuda"]
+        everything = [name for name in shapes.SETS if name != "large" or args.device == "cuda"]
+        args.shapes = ["resnet18", "tiny"] if args.quick else everything
     args.seconds = args.seconds or (6.0 if args.quick else 8.0)
     return args
 
@@ -72,7 +77,10 @@ def choose(device: str, dtype: torch.dtype, quick: bool) -> list[Contestant]:
 
 def heats(everyone: list[Contestant], numel: int, device: str) -> list[list[Contestant]]:
     """Splits the field so that what races together fits in half the free memory; the yardstick is in every heat."""
-    free = torch.cuda.mem_get_info()[0] if device == "cuda" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    if device == "cuda":
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     room = free / 2 / numel - 48  # per parameter; the rest is for parameters, gradients, the copy and the reference
     yardstick = [c for c in everyone if c.name == YARDSTICK]
     packed: list[list[Contestant]] = [[*yardstick]]
@@ -101,9 +109,11 @@ def run(args: argparse.Namespace, where: Row) -> tuple[list[Row], dict[str, floa
         sizes = shapes.SETS[name]()
         numel = shapes.numel(sizes)
         for number, heat in enumerate(heats(everyone, numel, args.device)):
-            print(f"{name}: {numel:,} parameters, {len(sizes)} tensors, {len(heat)} contestants", file=sys.stderr, flush=True)
+            what = f"{name}: {numel:,} parameters, {len(sizes)} tensors, {len(heat)} contestants"
+            print(what, file=sys.stderr, flush=True)
             results, copies[name] = measure.compare(heat, sizes, args.device, dtype, args.seconds)
-            rows += [row(r, name, numel, copies[name]) for r in results if number == 0 or r.contestant.name != YARDSTICK]
+            new = [r for r in results if number == 0 or r.contestant.name != YARDSTICK]
+            rows += [row(r, name, numel, copies[name]) for r in new]
         content = {"machine": where, "device": args.device, "dtype": args.dtype, "copy GB/s": copies}
         content |= {"rows": rows, "targets": targets(rows)}
         (args.out / "report.json").write_text(json.dumps(content, indent=1) + "\n")
@@ -112,7 +122,8 @@ def run(args: argparse.Namespace, where: Row) -> tuple[list[Row], dict[str, floa
 
 def machine(device: str) -> Row:
     """Where and with what the figures were measured."""
-    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
+    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    cpu = next(iter(names), platform.processor())
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "cpu": cpu,
         "cores": os.cpu_count(), "threads": torch.get_num_threads(), "system": platform.platform(),
@@ -159,7 +170,8 @@ def show(rows: list[Row], copies: dict[str, float], where: Row) -> None:
             widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
             print(f"\n{heading}")
             for line in lines:
-                print("  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))))
+                padded = [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
+                print("  ".join(padded))
         return
     table = Table(title=title)
     for index, column in enumerate(COLUMNS):
@@ -178,29 +190,27 @@ def show(rows: list[Row], copies: dict[str, float], where: Row) -> None:
 
 def targets(rows: list[Row]) -> list[str]:
     """The ratios that the project promises, as measured in this run."""
-    ms = {(r["shapes"], r["optimizer"], r["driver"]): r["ms"] for r in rows}
-    vs = {(r["shapes"], r["optimizer"]): r["vs Adam"] for r in rows if r["driver"] in ("cpu", "cuda")}
-    share = {(r["shapes"], r["optimizer"]): r["of copy"] for r in rows if r["driver"] in ("cpu", "cuda")}
+    mine = {(r["shapes"], r["optimizer"]): r for r in rows if r["driver"] in ("cpu", "cuda")}
+    plain = {(r["shapes"], r["optimizer"]): r for r in rows if r["driver"] == "reference"}
     lines = []
 
-    def say(what: str, value: float | None, limit: float, at_most: bool = True) -> None:
-        if value is not None:
-            met = value <= limit if at_most else value >= limit
-            lines.append(f"{'met   ' if met else 'MISSED'} {what}: {value:.2f} (wanted {'<=' if at_most else '>='} {limit})")
+    def say(what: str, row: Row | None, figure: str, limit: float, over: Row | None = None, at_most: bool = True) -> None:
+        if row is None or (over is None and figure == "ms"):
+            return
+        value = row[figure] / (over[figure] if over else 1)
+        met = value <= limit if at_most else value >= limit
+        lines.append(f"{'met   ' if met else 'MISSED'} {what}: {value:.2f} (wanted {'<=' if at_most else '>='} {limit})")
 
-    for driver in ("cpu", "cuda"):
-        for name, limit in (("AdaBreg", 1.15), ("LinBreg", 0.60)):
-            say(f"{name} l1 / torch fused Adam, resnet18", vs.get(("resnet18", f"{name} l1")) if (
-                "resnet18", f"{name} l1", driver) in ms else None, limit)
-            kernels, plain = (ms.get(("resnet18", f"{name} l1", d)) for d in (driver, "reference"))
-            say(f"{name} l1 reference / kernels, resnet18", plain / kernels if kernels and plain else None, 5, at_most=False)
-            for penalty in ("group out", "group in", "sparse-group"):
-                group = ms.get(("resnet18", f"{name} {penalty}", driver))
-                say(f"{name} {penalty} / l1, resnet18", group / kernels if group and kernels else None, 1.3)
-            say(f"{name} l1 / torch fused Adam, tiny", vs.get(("tiny", f"{name} l1")) if (
-                "tiny", f"{name} l1", driver) in ms else None, 0.2)
-            if driver == "cuda":
-                say(f"{name} l1, share of a copy, large", share.get(("large", f"{name} l1")), 0.9, at_most=False)
+    for name, limit in (("AdaBreg", 1.15), ("LinBreg", 0.60)):
+        l1 = mine.get(("resnet18", f"{name} l1"))
+        say(f"{name} l1 / torch fused Adam, resnet18", l1, "vs Adam", limit)
+        if l1 is not None:
+            reference = plain.get(("resnet18", f"{name} l1"))
+            say(f"{name} l1 reference / kernels, resnet18", reference, "ms", 5, over=l1, at_most=False)
+        for penalty in ("group out", "group in", "sparse-group"):
+            say(f"{name} {penalty} / l1, resnet18", mine.get(("resnet18", f"{name} {penalty}")), "ms", 1.3, over=l1)
+        say(f"{name} l1 / torch fused Adam, tiny", mine.get(("tiny", f"{name} l1")), "vs Adam", 0.2)
+        say(f"{name} l1, share of a copy, large", mine.get(("large", f"{name} l1")), "of copy", 0.9, at_most=False)
     return lines
 
 
@@ -221,7 +231,8 @@ def plot(rows: list[Row], copies: dict[str, float], where: Row, path: Path) -> N
         labels = [f"{r['optimizer']}, {r['driver']}" for r in group]
         values = [r["vs Adam"] for r in group]
         axis.barh(range(len(group)), values, color=[colours.get(r["driver"], "#5577aa") for r in group])
-        axis.plot([r["bytes/param"] / adam for r in group], range(len(group)), "|", color="black", markersize=9, label="by bytes alone")
+        by_bytes = [r["bytes/param"] / adam for r in group]
+        axis.plot(by_bytes, range(len(group)), "|", color="black", markersize=9, label="by bytes alone")
         for y, value in enumerate(values):
             axis.text(value * 1.06, y, f"{value:.2f}", va="center", fontsize=7)
         axis.set_yticks(range(len(group)), labels, fontsize=7)

@@ -109,7 +109,8 @@ def compile_cuda(source: Path, arch: str, folder: Path) -> list[Kernel]:
     )  # fmt: skip
     memory = memory_instructions("".join(file.read_text() for file in folder.glob("*.ptx")))
     kernels = []
-    for (symbol, stack, stores, loads, registers), name in zip(reports, demangled([r[0] for r in reports]), strict=True):
+    names = demangled([report[0] for report in reports])
+    for (symbol, stack, stores, loads, registers), name in zip(reports, names, strict=True):
         walker, rule, dtype = re.search(r"(\w+)_kernel<(\w+), (\w+)>", name).groups()
         spills = int(stores) + int(loads)
         kernels.append(Kernel(arch, walker, rule, dtype, int(registers), int(stack), spills, memory[symbol]))
@@ -117,7 +118,8 @@ def compile_cuda(source: Path, arch: str, folder: Path) -> list[Kernel]:
 
 
 def compile_all(folder: Path) -> list[Kernel]:
-    sources = [file for pattern in CUDA_SOURCES for file in sorted(ROOT.glob(pattern)) if "__global__" in file.read_text()]
+    files = [file for pattern in CUDA_SOURCES for file in sorted(ROOT.glob(pattern))]
+    sources = [file for file in files if "__global__" in file.read_text()]
     jobs = [(source, arch, folder / f"{source.stem}_{arch}") for source, arch in itertools.product(sources, ARCHS)]
     with ThreadPoolExecutor(2) as pool:
         return [kernel for kernels in pool.map(lambda job: compile_cuda(*job), jobs) for kernel in kernels]
@@ -171,7 +173,8 @@ def test_no_generic_accesses(kernels: list[Kernel]) -> None:
 
 
 def test_the_ptx_reader_sees_generic_and_narrow_accesses() -> None:
-    ptx = ".visible .entry f(\n)\n{\n ld.global.nc.v4.f32 {%f1};\n @%p1 st.v4.f32 [%rd1], {%f1};\n ld.global.v2.u32 %r1;\n}\n"
+    lines = ("ld.global.nc.v4.f32 {%f1};", "@%p1 st.v4.f32 [%rd1], {%f1};", "ld.global.v2.u32 %r1;")
+    ptx = "\n".join((".visible .entry f(", ")", "{", *lines, "}"))
     kernel = Kernel("9.0", "x", "y", "float", memory=memory_instructions(ptx)["f"])
     assert kernel.generic() == ["st.v4.f32"]
     assert (kernel.wide("ld"), kernel.wide("st")) == (1, 0)
@@ -181,7 +184,7 @@ def test_the_ptx_reader_sees_generic_and_narrow_accesses() -> None:
 
 # Loops that are functions of their own, by template arguments; and loops that are inlined into their callers.
 MASKED = ("true", "false")
-NAMED = {name: (RULES, PENALTIES, PACKS, MASKED) for name in ("separable_block", "points_block")}
+NAMED = dict.fromkeys(("separable_block", "points_block"), (RULES, PENALTIES, PACKS, MASKED))
 INLINED = ("finish_block", "squares", "sum_squares")
 # By name of caller: with a mask, GCC 12 turns the zeroing before a 16-bit store into branches.
 KNOWN = {"finish_block": r"^void for_blocks<float, GroupTile<\w+, \w+, (bf16|fp16)>"}
@@ -254,6 +257,7 @@ if __name__ == "__main__":
 
     compiled = compile_all(Path(tempfile.mkdtemp()))
     used = {(k.walker, k.rule, k.dtype, k.arch): k.registers for k in compiled}
-    print("# Registers per thread that a kernel may use: walker, rule, dtype, " + ", ".join(f"sm_{a.replace('.', '')}" for a in ARCHS))
+    archs = ", ".join(f"sm_{arch.replace('.', '')}" for arch in ARCHS)
+    print(f"# Registers per thread that a kernel may use: walker, rule, dtype, {archs}")
     for key in itertools.product(("separable", "tile"), RULES, PACKS):
-        print(f"{key[0]:<10} {key[1]:<16} {key[2]:<7}", *(f"{used[*key, arch]:>3}" for arch in ARCHS))
+        print(f"{key[0]:<10} {key[1]:<16} {key[2]:<7}", *(f"{used[(*key, arch)]:>3}" for arch in ARCHS))
