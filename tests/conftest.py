@@ -116,7 +116,7 @@ kernel_driver = pytest.fixture(scope="module", params=["cpu", "emulated"], name=
 
 @pytest.fixture(autouse=True)
 def _threads() -> Iterator[None]:
-    """One thread: tensors here are small. Other counts give the same bits (test_determinism.py)."""
+    """One thread: tensors here are small. Other counts give the same bits (test_edges.py)."""
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(1)

@@ -69,8 +69,8 @@ class Outcome:
     optimizer: SparseOptimizer
 
 
-def run(problem: Problem, fused: bool | None, device: str = "cpu") -> Outcome:
-    """Solves the problem in guarded memory and checks the guards and the gradients."""
+def run(problem: Problem, fused: bool | None, device: str = "cpu", threads: int = 1) -> Outcome:
+    """Solves the problem in guarded memory and checks the guards and the gradients. `threads` are those of the step."""
     layouts = problem.layouts or ["contiguous"]
     generator = torch.Generator().manual_seed(problem.seed)
     buffers, params = [], []
@@ -90,7 +90,9 @@ def run(problem: Problem, fused: bool | None, device: str = "cpu") -> Outcome:
             layout = problem.grad_layouts[i % len(problem.grad_layouts)] if problem.grad_layouts else layouts[i % len(layouts)]
             grads.append((Buffer(grad, layout), grad))
             param.grad = grads[-1][0].view
+        torch.set_num_threads(threads)
         optimizer.step()
+        torch.set_num_threads(1)
         for buffer, grad in grads:
             assert same_bits(buffer.view, grad), "the step changed a gradient"
         buffers += [buffer for buffer, _ in grads]
