@@ -170,8 +170,8 @@ def show(rows: list[Row], copies: dict[str, float], where: Row) -> None:
             widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
             print(f"\n{heading}")
             for line in lines:
-                padded = [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
-                print("  ".join(padded))
+                padded = zip(line, widths, range(len(line)), strict=True)
+                print("  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for cell, w, i in padded))
         return
     table = Table(title=title)
     for index, column in enumerate(COLUMNS):
@@ -194,12 +194,12 @@ def targets(rows: list[Row]) -> list[str]:
     plain = {(r["shapes"], r["optimizer"]): r for r in rows if r["driver"] == "reference"}
     lines = []
 
-    def say(what: str, row: Row | None, figure: str, limit: float, over: Row | None = None, at_most: bool = True) -> None:
+    def say(what: str, row: Row | None, figure: str, limit: float, over: Row | None = None, at_most: bool = True):
         if row is None or (over is None and figure == "ms"):
             return
         value = row[figure] / (over[figure] if over else 1)
         met = value <= limit if at_most else value >= limit
-        lines.append(f"{'met   ' if met else 'MISSED'} {what}: {value:.2f} (wanted {'<=' if at_most else '>='} {limit})")
+        lines.append(f"{'met' if met else 'MISSED':<6} {what}: {value:.2f} (wanted {'<=' if at_most else '>='} {limit})")
 
     for name, limit in (("AdaBreg", 1.15), ("LinBreg", 0.60)):
         l1 = mine.get(("resnet18", f"{name} l1"))
@@ -224,7 +224,8 @@ def plot(rows: list[Row], copies: dict[str, float], where: Row, path: Path) -> N
     colours = {"cpu": "#2a7f3f", "cuda": "#2a7f3f", "reference": "#9bc8a5", "bregman-learning": "#c8782a"}
     groups = sections(rows, copies)
     longest = max(len(group) for _, group in groups)
-    figure, axes = plt.subplots(1, len(groups), figsize=(5.5 * len(groups), 1.6 + 0.22 * longest), squeeze=False)
+    size = (5.5 * len(groups), 1.6 + 0.22 * longest)
+    figure, axes = plt.subplots(1, len(groups), figsize=size, squeeze=False)
     for axis, (heading, group) in zip(axes[0], groups, strict=True):
         group = sorted(group, key=lambda r: r["vs Adam"])
         adam = next(r["bytes/param"] for r in group if (r["optimizer"], r["driver"]) == ("torch Adam", "fused"))
