@@ -199,7 +199,8 @@ def targets(rows: list[Row]) -> list[str]:
             return
         value = row[figure] / (over[figure] if over else 1)
         met = value <= limit if at_most else value >= limit
-        lines.append(f"{'met' if met else 'MISSED':<6} {what}: {value:.2f} (wanted {'<=' if at_most else '>='} {limit})")
+        verdict = "met   " if met else "MISSED"
+        lines.append(f"{verdict} {what}: {value:.2f} (wanted {'<=' if at_most else '>='} {limit})")
 
     for name, limit in (("AdaBreg", 1.15), ("LinBreg", 0.60)):
         l1 = mine.get(("resnet18", f"{name} l1"))
