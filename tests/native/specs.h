@@ -1,6 +1,7 @@
 // Random tensors for the tests of the plan and of the kernels.
 #pragma once
 
+#include <functional>
 #include <numeric>
 #include <random>
 
