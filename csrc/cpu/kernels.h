@@ -114,8 +114,9 @@ BREGMAN_LOOP void points_block(const Arrays<Rule, T> a, int64_t begin, int64_t n
 
 // Second half: shrink by the group's factor, finish and store; returns how many are non-zero.
 template <class Rule, class T, bool kMasked, class Factor>
-int32_t finish_block(const Arrays<Rule, T> a, int64_t begin, int64_t n, const Scalars<Rule, compute_t<T>> k,
-                     const compute_t<T>* __restrict__ z, const Factor factor, const flag_t<compute_t<T>>* keep) {
+BREGMAN_LOOP int32_t finish_block(const Arrays<Rule, T> a, int64_t begin, int64_t n,
+                                  const Scalars<Rule, compute_t<T>> k, const compute_t<T>* __restrict__ z,
+                                  const Factor factor, const flag_t<compute_t<T>>* keep) {
   using C = compute_t<T>;
   int32_t count = 0;
 #pragma GCC ivdep
@@ -124,7 +125,7 @@ int32_t finish_block(const Arrays<Rule, T> a, int64_t begin, int64_t n, const Sc
     C s[kMaxSlots];
     a.load_state(i, s);
     C value = Rule::finish(z[j] * factor(j), a.load_param(i), s, k.h);
-    if constexpr (kMasked) value = keep[j] ? value : C(0);
+    if constexpr (kMasked) value = select(keep[j] != 0, value, C(0));
     count += a.store_param(i, value);
   }
   return count;
