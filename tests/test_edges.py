@@ -16,7 +16,7 @@ import torch
 from harness import Problem, compare, run, same_bits
 
 import bregman_cuda
-from bregman_cuda import L1, LinBreg, NonnegL1, ProxSGD
+from bregman_cuda import L1, GroupLasso, LinBreg, NonnegL1, ProxSGD, SparseGroupLasso
 
 TINY = {d: torch.finfo(d).smallest_normal for d in registry.DTYPES}
 
@@ -164,6 +164,37 @@ def test_zero_groups_stay_zero_without_nan(driver, rule):
             assert bool(torch.isfinite(p).all()), name
             assert bool((p[1] == 0).all()), name
             assert bool((p[:, 2] == 0).all()), name
+
+
+@pytest.mark.parametrize("rule", registry.RULES)
+def test_a_group_whose_squares_underflow_is_a_zero_group(driver, rule):
+    """The norm of fp64 values near 1e-200 is computed as 0: below any threshold, and kept only by lam = 0."""
+    p0 = torch.full((2, 3), 1e-200, dtype=torch.float64)
+    for lam, kept in ((0.5, False), (0.0, True)):
+        for reg in (GroupLasso(lam, "out"), GroupLasso(lam, "in"), SparseGroupLasso(lam, 0.0, "out")):
+            if rule.startswith("proxsgd"):
+                p, _ = step(rule, reg, p0, torch.zeros_like(p0), driver.fused)
+            else:  # started at zero, so that the dual is what the gradient left: -lr * g or so
+                p, _ = step("linbreg", reg, torch.zeros_like(p0), p0, driver.fused)
+            assert bool((p != 0).all() if kept else (p == 0).all()), reg
+
+
+@pytest.mark.parametrize("reg", registry.GROUP)
+@pytest.mark.parametrize("rule", registry.RULES)
+def test_masked_entries_do_not_count_in_the_norm_of_their_group(driver, rule, reg):
+    """A huge or NaN gradient behind the mask leaves the rest of its group as a zero gradient does."""
+    results = []
+    for hidden in (0.0, 1e6, math.nan):
+        generator = torch.Generator().manual_seed(5)
+        p = torch.nn.Parameter(registry.values((4, 3, 5), torch.float32, generator, 0.2))
+        mask = torch.rand(p.shape, generator=generator) < 0.6
+        grad = torch.randn(p.shape, generator=generator)
+        optimizer = registry.RULES[rule].make([p], registry.REGULARIZERS[reg](), fused=driver.fused)
+        optimizer.set_mask(p, mask)
+        p.grad = torch.where(mask, grad, hidden)
+        optimizer.step()
+        results.append(p.detach())
+    assert all(same_bits(result, results[0]) for result in results)
 
 
 def test_nonneg_projects_negative_weights_at_the_first_step(driver):
