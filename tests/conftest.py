@@ -66,7 +66,9 @@ def emulated_kernels() -> _backend.Kernels:
         missing(f"the emulated CUDA kernels need a C++ compiler, and there is no {compiler[0]!r}")
     sources = [*sorted(ROOT.glob("csrc/cuda/*.cu")), ROOT / "csrc/torch/cuda_ops.cpp"]
     sources.append(ROOT / "tests/native/emulation/cuda_emulation.cpp")
-    headers = [h for pattern in ("csrc/**/*.h", "csrc/**/*.cuh", "tests/native/emulation/*.h") for h in ROOT.glob(pattern)]
+    headers = [
+        h for pattern in ("csrc/**/*.h", "csrc/**/*.cuh", "tests/native/emulation/*.h") for h in ROOT.glob(pattern)
+    ]
     digest = hashlib.sha256(torch.__version__.encode() + shlex.join(compiler).encode())
     for file in sorted(sources + headers):
         digest.update(file.read_bytes())
@@ -79,7 +81,7 @@ def emulated_kernels() -> _backend.Kernels:
 
 def _build(compiler: list[str], sources: list[Path], library: Path) -> None:
     torch_root = Path(torch.__file__).parent
-    flags = "-O2 -g -std=c++20 -fPIC -ffp-contract=off -fno-math-errno -Wno-unknown-pragmas -DBREGMAN_EMULATE".split()
+    flags = ["-O2", "-g", "-std=c++20", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-Wno-unknown-pragmas", "-DBREGMAN_EMULATE"]
     flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{ROOT / 'tests/native/emulation'}"]
     flags += [f"-I{torch_root / 'include'}"]
 

@@ -14,7 +14,12 @@ from torch import Tensor
 from bregman_cuda import Regularizer, SparseOptimizer
 
 MARGIN = 128  # elements before and after; a multiple of every vector, so that alignment is the layout's alone
-_INTEGERS = {1: (torch.uint8, 0x5A), 2: (torch.int16, 0x5A5A), 4: (torch.int32, 0x5A5A5A5A), 8: (torch.int64, 0x5A5A5A5A5A5A5A5A)}
+_INTEGERS = {
+    1: (torch.uint8, 0x5A),
+    2: (torch.int16, 0x5A5A),
+    4: (torch.int32, 0x5A5A5A5A),
+    8: (torch.int64, 0x5A5A5A5A5A5A5A5A),
+}
 
 
 class Buffer:
@@ -40,7 +45,10 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     integer = _INTEGERS[a.element_size()][0]
-    bits = [torch.where(t.isnan(), torch.nan, t).contiguous().view(-1).view(integer) if t.is_floating_point() else t for t in (a, b)]
+    bits = [
+        torch.where(t.isnan(), torch.nan, t).contiguous().view(-1).view(integer) if t.is_floating_point() else t
+        for t in (a, b)
+    ]
     return torch.equal(bits[0], bits[1])
 
 
@@ -78,7 +86,9 @@ def run(problem: Problem, fused: bool | None, device: str = "cpu", threads: int 
         start = registry.values(shape, problem.dtype, generator, problem.zeros)
         buffers.append(Buffer(start.to(device), layouts[i % len(layouts)]))
         params.append(torch.nn.Parameter(buffers[-1].view))
-    optimizer = registry.RULES[problem.rule].make(params, problem.reg(), fused=fused, count_nonzeros=True, **problem.options)
+    optimizer = registry.RULES[problem.rule].make(
+        params, problem.reg(), fused=fused, count_nonzeros=True, **problem.options
+    )
     if problem.masked:
         for param in params[::2]:
             kept = torch.rand(param.shape, generator=generator) < 0.6
@@ -87,7 +97,11 @@ def run(problem: Problem, fused: bool | None, device: str = "cpu", threads: int 
         grads = []
         for i, param in enumerate(params):
             grad = registry.values(tuple(param.shape), problem.dtype, generator, 0.1).to(device)
-            layout = problem.grad_layouts[i % len(problem.grad_layouts)] if problem.grad_layouts else layouts[i % len(layouts)]
+            layout = (
+                problem.grad_layouts[i % len(problem.grad_layouts)]
+                if problem.grad_layouts
+                else layouts[i % len(layouts)]
+            )
             grads.append((Buffer(grad, layout), grad))
             param.grad = grads[-1][0].view
         torch.set_num_threads(threads)

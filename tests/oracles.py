@@ -60,7 +60,9 @@ def project_ball(x: np.ndarray, radius: float) -> np.ndarray:
     return x if norm <= radius else x * (radius / norm)
 
 
-def central_difference(value: Callable[[np.ndarray], float], x: np.ndarray, direction: np.ndarray, h: float = 1e-5) -> float:
+def central_difference(
+    value: Callable[[np.ndarray], float], x: np.ndarray, direction: np.ndarray, h: float = 1e-5
+) -> float:
     """Derivative of `value` at x along a direction, to O(h^2)."""
     return (value(x + h * direction) - value(x - h * direction)) / (2 * h)
 

@@ -116,7 +116,17 @@ def shapes(min_ndim: int, driver: str) -> list[tuple[int, ...]]:
     """A list of tensors with an empty one first, in the middle and last, and every edge of the driver's chunks."""
     chunk = LONG[driver]
     matrices = [(0, 3), (1, 1), (1, 7), (7, 1), (5, 9), (17, 8), (3, chunk + 1), (chunk // 8 + 1, 9), (4, 0), (2, 64)]
-    volumes = [(2, 0, 3), (3, 4, 5), (5, 3, 2), (2, 3, 3, 3), (1, 1, 1), (8, 4, 1, 1), (3, 2, 0), (2, 2, 3, 2, 2), (6, 1, 5)]
+    volumes = [
+        (2, 0, 3),
+        (3, 4, 5),
+        (5, 3, 2),
+        (2, 3, 3, 3),
+        (1, 1, 1),
+        (8, 4, 1, 1),
+        (3, 2, 0),
+        (2, 2, 3, 2, 2),
+        (6, 1, 5),
+    ]
     vectors = [(0,), *((n,) for n in EDGES), *((chunk + d,) for d in (-1, 0, 1)), (0,)]
     kinds = {0: [(0,), (), *vectors, *matrices, ()], 1: [*vectors, *matrices, *volumes], 2: [*matrices, *volumes]}
     return kinds.get(min_ndim, [*volumes, (0, 1, 2)])

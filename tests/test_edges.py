@@ -226,7 +226,9 @@ def test_narrowing_rounds_to_nearest_even(driver, dtype):
     every = 61 if driver.name == "emulated" else 1
     grid = torch.arange(-(2**15), 2**15, dtype=torch.int32)[::every].to(torch.int16).view(dtype).float()
     middle = (grid[1:].double() + grid[:-1].double()).div(2).float()
-    wide = torch.cat([grid, middle, middle.nextafter(torch.tensor(math.inf)), middle.nextafter(torch.tensor(-math.inf))])
+    wide = torch.cat(
+        [grid, middle, middle.nextafter(torch.tensor(math.inf)), middle.nextafter(torch.tensor(-math.inf))]
+    )
     wide = torch.cat([wide, torch.tensor([65519.9, 65520.0, 65536.0, 1e38, 3.4e38, 1e-45, -1e-45, 2.9e-8, 3.1e-8])])
     p = torch.nn.Parameter(torch.zeros(wide.shape, dtype=dtype))
     optimizer = ProxSGD([p], lr=1.0, fused=driver.fused)
@@ -298,7 +300,9 @@ def test_same_bits_for_every_instruction_set(kernel_driver):
 @pytest.mark.parametrize("kernel_driver", ["emulated"], indirect=True)
 def test_emulated_kernels_repeat_their_bits(kernel_driver):
     """Real threads in another order every time: no result may depend on it."""
-    problem = Problem("adabreg", registry.REGULARIZERS["sparse_group_in"], torch.float32, [(70, 9), (3, 300)], masked=True)
+    problem = Problem(
+        "adabreg", registry.REGULARIZERS["sparse_group_in"], torch.float32, [(70, 9), (3, 300)], masked=True
+    )
     first = run(problem, True)
     for _ in range(3):
         again = run(problem, True)

@@ -79,7 +79,9 @@ def test_one_launch_per_group_and_no_wait(reg):
         p.grad = torch.randn_like(p)
     optimizer.step()
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    ) as profile:
         optimizer.step()
         torch.cuda.synchronize()
     on_device = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
@@ -120,7 +122,9 @@ def test_a_nan_gradient_makes_the_weight_nan(rule):
 
 def test_same_bits_run_to_run():
     for reg in ("l1", "group_out", "group_in"):
-        problem = Problem("adabreg", registry.REGULARIZERS[reg], torch.float32, [(700, 900), (65, 3, 3, 3)], masked=True)
+        problem = Problem(
+            "adabreg", registry.REGULARIZERS[reg], torch.float32, [(700, 900), (65, 3, 3, 3)], masked=True
+        )
         first = run(problem, True, "cuda")
         for _ in range(3):
             again = run(problem, True, "cuda")

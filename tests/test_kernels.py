@@ -180,7 +180,9 @@ def test_the_plan_covers_every_tensor(kernel_driver):
     none = torch.empty(0, dtype=torch.uint8)
 
     @settings(max_examples=200)
-    @given(st.lists(st.lists(st.sampled_from([0, 1, 2, 3, 8, 40, 129]), max_size=4), min_size=1, max_size=8), st.booleans())
+    @given(
+        st.lists(st.lists(st.sampled_from([0, 1, 2, 3, 8, 40, 129]), max_size=4), min_size=1, max_size=8), st.booleans()
+    )
     def property_of(shapes: list[list[int]], grouped: bool) -> None:
         shapes = [shape or [1] for shape in shapes]
         params = [torch.zeros(shape) for shape in shapes if math.prod(shape) < 2**16] or [torch.zeros(1)]

@@ -38,7 +38,9 @@ def train(optimizer, params, steps: int, begin: int = 0) -> None:
 def snapshot(optimizer) -> list:
     """Bits of every parameter and state tensor, and all options."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {(i, k): v.clone() for i, p in enumerate(params) for k, v in optimizer.state.get(p, {}).items() if k != "step"}
+    state = {
+        (i, k): v.clone() for i, p in enumerate(params) for k, v in optimizer.state.get(p, {}).items() if k != "step"
+    }
     options = [{k: copy.deepcopy(v) for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     return [[p.detach().clone() for p in params], state, options]
 
@@ -142,7 +144,12 @@ def test_counts_are_those_of_the_final_parameters(driver, reg):
     params = model([(6, 5, 2), (3, 4, 3), (1, 2, 700), (0, 2, 3)], seed=3)
     case = registry.PENALTIES[reg]
     optimizer = AdaBreg(params, lr=0.1, reg=case(0.4), fused=driver.fused, count_nonzeros=True)
-    counting = AdaBreg(copied := model([(6, 5, 2), (3, 4, 3), (1, 2, 700), (0, 2, 3)], seed=3), lr=0.1, reg=case(0.4), fused=driver.fused)
+    counting = AdaBreg(
+        copied := model([(6, 5, 2), (3, 4, 3), (1, 2, 700), (0, 2, 3)], seed=3),
+        lr=0.1,
+        reg=case(0.4),
+        fused=driver.fused,
+    )
     train(optimizer, params, 2)
     train(counting, copied, 2)
     for report in (optimizer.density(), counting.density()):
@@ -268,8 +275,13 @@ def test_a_parameter_without_gradient_sits_out(driver):
 def test_several_groups_each_with_its_own_options(driver):
     params = model()
     lone = model()
-    optimizer = LinBreg([{"params": params[:1], "reg": L1(0.2), "lr": 0.5}, {"params": params[1:], "delta": 0.5}], fused=driver.fused)
-    parts = [LinBreg(lone[:1], lr=0.5, reg=L1(0.2), fused=driver.fused), LinBreg(lone[1:], delta=0.5, fused=driver.fused)]
+    optimizer = LinBreg(
+        [{"params": params[:1], "reg": L1(0.2), "lr": 0.5}, {"params": params[1:], "delta": 0.5}], fused=driver.fused
+    )
+    parts = [
+        LinBreg(lone[:1], lr=0.5, reg=L1(0.2), fused=driver.fused),
+        LinBreg(lone[1:], delta=0.5, fused=driver.fused),
+    ]
     train(optimizer, params, 3)
     for i in range(3):
         set_grads(lone, i)
@@ -337,7 +349,12 @@ BAD_OPTIONS = [
     (LinBreg, {"reg": "l1"}, TypeError, r"reg must be None or a regularizer such as bregman_cuda.L1.*got 'l1'"),
     (LinBreg, {"reg": L1}, TypeError, r"reg must be None or a regularizer"),
     (LinBreg, {"fused": "yes"}, ValueError, r"fused must be True, False or None, got 'yes'"),
-    (LinBreg, {"reg": GroupLasso(0.1, "kernel"), "params": [torch.ones(3)]}, ValueError, r"parameter 0 of shape \(3,\).*does not fit"),
+    (
+        LinBreg,
+        {"reg": GroupLasso(0.1, "kernel"), "params": [torch.ones(3)]},
+        ValueError,
+        r"parameter 0 of shape \(3,\).*does not fit",
+    ),
 ]
 
 

@@ -141,7 +141,9 @@ def test_subgradient_is_the_slope_of_the_value(name):
 
     for i in range(5):
         direction = np.random.default_rng(i).standard_normal(x.shape)
-        assert oracles.central_difference(value, x.numpy(), direction) == pytest.approx(float((slope * direction).sum()), abs=1e-8)
+        assert oracles.central_difference(value, x.numpy(), direction) == pytest.approx(
+            float((slope * direction).sum()), abs=1e-8
+        )
 
 
 @pytest.mark.parametrize("name", registry.PENALTIES)
@@ -275,7 +277,17 @@ def test_dictionary_round_trip(name):
 
 
 @pytest.mark.parametrize("name", registry.PENALTIES)
-@pytest.mark.parametrize(("value", "error"), [(-0.1, ValueError), (math.nan, ValueError), (math.inf, ValueError), ("1", TypeError), (None, TypeError), (True, TypeError)])
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [
+        (-0.1, ValueError),
+        (math.nan, ValueError),
+        (math.inf, ValueError),
+        ("1", TypeError),
+        (None, TypeError),
+        (True, TypeError),
+    ],
+)
 def test_bad_lam_is_refused_when_made_and_when_changed(name, value, error):
     with pytest.raises(error, match=r"lam must be .*got"):
         registry.PENALTIES[name](value)
@@ -291,7 +303,9 @@ def test_other_bad_parameters_are_refused():
     for alpha in (-0.1, 1.1, math.nan):
         with pytest.raises(ValueError, match="SparseGroupLasso: alpha must be finite and between 0 and 1"):
             SparseGroupLasso(0.1, alpha)
-    with pytest.raises(ValueError, match=r"GroupLasso: groups must be 'out', 'in', 'kernel' or a tuple of dims, got 'rows'"):
+    with pytest.raises(
+        ValueError, match=r"GroupLasso: groups must be 'out', 'in', 'kernel' or a tuple of dims, got 'rows'"
+    ):
         GroupLasso(0.1, "rows")
     with pytest.raises(TypeError, match=r"GroupLasso: groups must be .* got 1"):
         GroupLasso(0.1, 1)

@@ -44,7 +44,8 @@ def test_every_rule_has_a_formula():
 
 
 @pytest.mark.parametrize(
-    ("rule", "delta"), [(r, d) for r, case in registry.RULES.items() for d in ((1.0, 0.4, 3.0) if case.dual else (1.0,))]
+    ("rule", "delta"),
+    [(r, d) for r, case in registry.RULES.items() for d in ((1.0, 0.4, 3.0) if case.dual else (1.0,))],
 )
 def test_rule_follows_its_formula(driver, rule, delta):
     """Both sides round each of about ten operations per step to fp64 at magnitudes below 16."""
