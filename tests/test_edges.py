@@ -78,10 +78,9 @@ def test_special_values_meet_every_other_on_both_sides(kernel_driver, rule, reg,
         p0, grad = p0.reshape(1, -1), grad.reshape(1, -1)
     if reg == "group_last" and dtype.itemsize == 2:
         p0, grad = p0.t().contiguous().t(), grad.t().contiguous().t()
-    if reg == "group_all":
+    pairs = [(p0, grad)]
+    if reg == "group_all":  # one element each
         pairs = [(p0[i], grad[i]) for i in range(0, len(p0), 67 if emulated else 7)]
-    else:
-        pairs = [(p0, grad)]
     for p_i, g_i in pairs:
         sides = [step(rule, case(), p_i, g_i, fused, steps=2) for fused in (True, False)]
         # fp64 AdaBreg: torch's square root is off by an ulp, on values of the size of lr
@@ -94,7 +93,7 @@ def test_special_values_meet_every_other_on_both_sides(kernel_driver, rule, reg,
 
 @pytest.mark.parametrize("rule", registry.RULES)
 def test_negative_zero_is_a_zero(driver, rule):
-    p, state = step(rule, L1(0.1), torch.tensor([-0.0, 0.0]), torch.tensor([-0.0, 0.0]), driver.fused)
+    p, _ = step(rule, L1(0.1), torch.tensor([-0.0, 0.0]), torch.tensor([-0.0, 0.0]), driver.fused)
     assert p.tolist() == [0.0, 0.0]
     p = torch.nn.Parameter(torch.tensor([-0.0, 1.0]))
     p.grad = torch.zeros(2)
