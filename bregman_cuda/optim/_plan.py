@@ -109,6 +109,8 @@ class FusedBucket(Bucket):
         args = (self.plan, self.device_plan)
         tail = (self.none if self.item_counts is None else self.item_counts, kinds, scalars)
         while (odd := kernels.step(*args, grads, *tail)) >= 0:  # nothing changed: this gradient is laid out otherwise
+            if grads[odd].stride() == self.params[odd].stride():
+                raise RuntimeError(f"the memory layout of parameter {self.index[odd]} changed since its plan was made")
             grads = list(grads)
             grads[odd] = torch.empty_like(self.params[odd]).copy_(grads[odd])
         self.advance()

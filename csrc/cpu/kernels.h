@@ -151,6 +151,26 @@ void for_blocks(const uint64_t* mask, int64_t offset, int64_t n, F f) {
   }
 }
 
+// Whether parameters are written past the caches: nobody reads them in this step, and there are too many to stay.
+constexpr int64_t kStreamBytes = 16 << 20;
+template <class Rule, class T>
+bool streams(const PlanView& plan, const TensorRecord& t) {
+  return !Rule::kReadsParam && plan.header().elements * int64_t(sizeof(T)) >= kStreamBytes &&
+         reinterpret_cast<uintptr_t>(t.param) % 64 == 0;
+}
+
+// Runs f with a tensor whose parameter elements [begin, begin + n), n <= kBuffer, go to a buffer, and streams them out.
+constexpr int64_t kBuffer = 1024;
+template <class Rule, class T, class F>
+int32_t streamed(const Arrays<Rule, T>& a, int64_t begin, int64_t n, F f) {
+  alignas(64) T buffer[kBuffer];
+  Arrays<Rule, T> redirected = a;
+  redirected.param = buffer - begin;
+  const int32_t count = f(redirected);
+  stream_copy(a.param + begin, buffer, n * int64_t(sizeof(T)));
+  return count;
+}
+
 template <class Rule, class Elementwise, class T>
 void run_separable(const PlanView& plan, const Item& item, const void* grad, const StepArgs& args, int32_t* counts) {
   using C = compute_t<T>;
@@ -158,12 +178,20 @@ void run_separable(const PlanView& plan, const Item& item, const void* grad, con
   const auto k = Scalars<Rule, C>::from(args);
   Arrays<Rule, T> a(t, grad);
   int32_t count = 0;
-  if (t.mask == nullptr) {
-    count = separable_block<Rule, Elementwise, T, false>(a, item.begin, item.count, k, nullptr);
-  } else {
+  if (t.mask != nullptr) {
     for_blocks<C>(t.mask, item.begin, item.count, [&](int64_t j, int64_t n, const flag_t<C>* keep) {
       count += separable_block<Rule, Elementwise, T, true>(a, item.begin + j, n, k, keep);
     });
+  } else if (streams<Rule, T>(plan, t)) {
+    for (int64_t j = 0; j < item.count; j += kBuffer) {
+      const int64_t begin = item.begin + j, n = item.count - j < kBuffer ? item.count - j : kBuffer;
+      count += streamed(a, begin, n, [&](const Arrays<Rule, T>& to) {
+        return separable_block<Rule, Elementwise, T, false>(to, begin, n, k, nullptr);
+      });
+    }
+    stream_fence();
+  } else {
+    count = separable_block<Rule, Elementwise, T, false>(a, item.begin, item.count, k, nullptr);
   }
   if (counts == nullptr) return;
   counts[0] = count;
@@ -248,12 +276,14 @@ struct GroupTile {
   const Arrays<Rule, T> a;
   const C scale;
   const int64_t row, rows, inner, row_stride, r0_stride;
+  const bool stream;
   Scratch& scratch = thread_scratch();
 
-  GroupTile(const TensorRecord& record, const void* grad, const StepArgs& args)
+  GroupTile(const PlanView& plan, const TensorRecord& record, const void* grad, const StepArgs& args)
       : t(record), k(Scalars<Rule, C>::from(args)), a(record, grad), scale(uniform_scale<Rule, C>(k.h) * C(t.weight)),
         row(t.layout.r2), rows(t.layout.rows()), inner(t.layout.r1), row_stride(t.layout.g2 * row),
-        r0_stride(t.layout.g1 * inner * row_stride) {}
+        r0_stride(t.layout.g1 * inner * row_stride),
+        stream(streams<Rule, T>(plan, t) && rows == 1 && t.mask == nullptr && row * sizeof(T) % 16 == 0) {}
 
   int64_t offset(int64_t base, int64_t r) const { return base + (r / inner) * r0_stride + (r % inner) * row_stride; }
 
@@ -263,7 +293,7 @@ struct GroupTile {
   static constexpr int64_t kLine = 64 / sizeof(T);
 
   void fetch_outputs(int64_t begin, int64_t n) const {
-    if constexpr (!Rule::kReadsParam)
+    if (!Rule::kReadsParam && !stream)
       for (int64_t j = 0; j < n; j += kLine) __builtin_prefetch(a.param + begin + j, 1);
   }
   void fetch_inputs(int64_t begin, int64_t n) const {
@@ -304,6 +334,10 @@ struct GroupTile {
 
   template <class Factor>
   int32_t finish_of(int64_t begin, int64_t n, const C* z, Factor factor) const {
+    if (stream)
+      return streamed(a, begin, n, [&](const Arrays<Rule, T>& to) {
+        return finish_block<Rule, T, false>(to, begin, n, k, z, factor, nullptr);
+      });
     if (t.mask == nullptr) return finish_block<Rule, T, false>(a, begin, n, k, z, factor, nullptr);
     int32_t count = 0;
     for_blocks<C>(t.mask, begin, n, [&](int64_t j, int64_t length, const flag_t<C>* keep) {
@@ -363,7 +397,7 @@ void run_grouped(const PlanView& plan, const Item& item, const void* grad, const
   constexpr int64_t kLong = 64;     // from here on a group is its own loop
   const TensorRecord& t = plan.records()[item.tensor];
   const GroupLayout& g = t.layout;
-  GroupTile<Rule, Elementwise, T> tile(t, grad, args);
+  GroupTile<Rule, Elementwise, T> tile(plan, t, grad, args);
   const int64_t slab = item.begin / g.g2;
   const int64_t base = (slab / g.g1) * g.r0 * tile.r0_stride + (slab % g.g1) * g.r1 * tile.row_stride +
                  (item.begin % g.g2) * g.r2;
@@ -376,6 +410,7 @@ void run_grouped(const PlanView& plan, const Item& item, const void* grad, const
     for (int64_t m = 0; m < item.count; m += batch)
       count += tile.run_columns(base + m * g.r2, item.count - m < batch ? item.count - m : batch, alive);
   }
+  if (tile.stream) stream_fence();
   if (counts == nullptr) return;
   counts[0] = count;
   counts[1] = groups;
