@@ -57,7 +57,8 @@ def test_page_adds_a_regularizer(tmp_path: Path) -> None:
     result = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "asymmetricl1", *tests)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     passed = re.search(r"(\d+) passed", result.stdout)
-    assert passed and int(passed.group(1)) >= 20, result.stdout[-500:]
+    assert passed is not None
+    assert int(passed.group(1)) >= 20, result.stdout[-500:]
     assert "emulated" in run("-m", "pytest", "--collect-only", "-q", "-k", "asymmetricl1", *tests).stdout
 
 
