@@ -19,7 +19,7 @@ static Isa choose() {
   if (any && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
     return {"avx512", run_items_avx512};
-  if (at_most_avx2 && __builtin_cpu_supports("avx2")) return {"avx2", run_items_avx2};
+  if (at_most_avx2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {"avx2", run_items_avx2};
 #endif
   return {"base", run_items_base};
 }

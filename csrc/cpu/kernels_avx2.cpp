@@ -1,6 +1,7 @@
 // The CPU loops for AVX2. Standard headers come first: only our own code may use these instructions.
 #if defined(__x86_64__)
 #define BREGMAN_ISA avx2
+#define BREGMAN_FMA  // GCC 12 does not define __FMA__ after the pragma below
 #include "step.h"
 
 #include <algorithm>
@@ -8,10 +9,10 @@
 #include <type_traits>
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,f16c,bmi2"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi2"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,f16c,bmi2")
+#pragma GCC target("avx2,fma,f16c,bmi2")
 #endif
 
 #include "kernels.h"

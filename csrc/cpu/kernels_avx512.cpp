@@ -1,6 +1,8 @@
 // The CPU loops for AVX512. Standard headers come first: only our own code may use these instructions.
 #if defined(__x86_64__)
 #define BREGMAN_ISA avx512
+#define BREGMAN_AVX512  // GCC 12 does not define its own macros after the pragma below
+#define BREGMAN_FMA
 #include "step.h"
 
 #include <algorithm>
@@ -8,10 +10,10 @@
 #include <type_traits>
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,f16c,bmi2"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi2"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,f16c,bmi2,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi2,prefer-vector-width=512")
 #endif
 
 #include "kernels.h"

@@ -8,7 +8,7 @@
 #include <new>
 
 #if defined(__SSE2__)
-#include <emmintrin.h>
+#include <immintrin.h>
 #endif
 
 #include "../plan/step_args.h"
@@ -42,24 +42,6 @@ class Scratch {
 };
 
 Scratch& thread_scratch();
-
-// Copies to a 16-byte boundary past the caches. A plain store to a line that nobody reads fetches it first: on
-// ResNet-18 shapes that is a fifth of LinBreg's traffic (20 bytes per parameter instead of 16).
-inline void stream_copy(void* to, const void* from, int64_t bytes) {
-  int64_t done = 0;
-#if defined(__SSE2__)
-  for (; done + 16 <= bytes; done += 16)
-    _mm_stream_si128(reinterpret_cast<__m128i*>(static_cast<char*>(to) + done),
-                     _mm_load_si128(reinterpret_cast<const __m128i*>(static_cast<const char*>(from) + done)));
-#endif
-  std::memcpy(static_cast<char*>(to) + done, static_cast<const char*>(from) + done, size_t(bytes - done));
-}
-// Streamed stores are seen by other threads only after this.
-inline void stream_fence() {
-#if defined(__SSE2__)
-  _mm_sfence();
-#endif
-}
 
 using RunItems = void (*)(const PlanView&, const void* const* grads, const StepArgs&, int32_t* counts, int64_t begin,
                           int64_t end);

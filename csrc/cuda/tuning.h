@@ -21,12 +21,13 @@ constexpr int64_t kMaxTileBytes = 98304;  // what sm_86 and sm_89 can give a blo
 constexpr int kMinBlocks = 2;
 constexpr int kWarps = kThreads / 32;
 constexpr int64_t kMaxGroups = 256;    // per tile: the per-group arrays then take 4 KB
+constexpr int64_t kAlign = 8;          // groups: 16 bytes of bf16
 constexpr int64_t kMinSegment = 8;     // 32 bytes, a memory sector
 constexpr int kMaxGrads = 1000;        // gradient pointers that travel as a kernel argument (8 KB)
 
 inline Tuning cuda_tuning(int64_t state_bytes, int64_t shared_bytes) {
   int64_t capacity = std::min(kMaxTileBytes, shared_bytes) / state_bytes;
-  return {kChunk, kTile, kTile, kMinSegment, kMaxGroups, capacity};
+  return {kChunk, kTile, kTile, kMinSegment, kMaxGroups, kAlign, capacity};
 }
 
 }  // namespace bregman

@@ -131,7 +131,9 @@ struct Tile {
       C one[kMaxSlots];
 #pragma unroll
       for (int m = 0; m < kSlots; ++m) one[m] = s[m][j];
-      Point<C> r = Rule::point(widen(g[j]) * k.grad_scale, p[j], one, k.h);
+      const C gradient = widen(g[j]) * k.grad_scale;
+      Rule::update(gradient, p[j], one, k.h);
+      const Point<C> r = Rule::point(gradient, p[j], one, k.h);
       const bool kept = (bits >> j) & 1;
       z[j] = prox(kept ? r.z : C(0), r.scale, k.elementwise);
 #pragma unroll

@@ -46,6 +46,7 @@ struct Tuning {
   int64_t strided_tile;  // the same for groups scattered in memory
   int64_t min_segment;   // contiguous elements below which a strided tile is not cut
   int64_t max_groups;    // per tile
+  int64_t align;         // tiles of more groups than this hold a multiple of it: they end where vectors or lines do
   int64_t capacity;      // elements that fit on chip
 };
 
@@ -79,7 +80,7 @@ inline int64_t groups_per_tile(const GroupLayout& layout, const Tuning& tuning) 
   // A line's worth of groups that cannot be held at once still has to fit row by row.
   int64_t fits = std::max<int64_t>(1, tuning.capacity / layout.r2);
   int64_t count = std::min({std::max({fill, lines, int64_t(1)}), fits, tuning.max_groups});
-  if (count > 8) count -= count % 8;  // every tile but the last then begins and ends at a 16-byte boundary
+  if (count > tuning.align) count -= count % tuning.align;
   return std::min(count, layout.g2);
 }
 

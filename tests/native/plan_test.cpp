@@ -80,6 +80,7 @@ Tuning tuning_of(int64_t chunk, int64_t tile, int64_t capacity) {
   tuning.tile = tuning.strided_tile = tile;
   tuning.min_segment = 32;
   tuning.max_groups = 1024;
+  tuning.align = 8;
   tuning.capacity = capacity;
   return tuning;
 }

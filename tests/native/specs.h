@@ -55,6 +55,7 @@ inline Tuning random_tuning() {
   tuning.strided_tile = pick({1, 64, 256});
   tuning.min_segment = pick({1, 8, 32});
   tuning.max_groups = pick({1, 3, 1024});
+  tuning.align = pick({1, 8, 16});
   tuning.capacity = pick({64, 512, 1 << 20});
   return tuning;
 }

@@ -17,15 +17,19 @@ struct AdaBreg {
   };
 
   template <class C>
-  BREGMAN_HD static Point<C> point(C grad, C, C* state, const Hyper<C>& h) {
+  BREGMAN_HD static void update(C grad, C, C* state, const Hyper<C>& h) {
     state[1] = state[1] * h.beta1 + grad * h.one_minus_beta1;
     state[2] = state[2] * h.beta2 + grad * grad * h.one_minus_beta2;
     state[0] = state[0] - state[1] * h.rate / (square_root(state[2]) * h.root_correction + h.eps);
+  }
+
+  template <class C>
+  BREGMAN_HD static Point<C> point(C, C, const C* state, const Hyper<C>& h) {
     return {state[0] * h.delta, h.delta};
   }
 
   template <class C>
-  BREGMAN_HD static C finish(C q, C, C*, const Hyper<C>&) {
+  BREGMAN_HD static C finish(C q, C, const C*, const Hyper<C>&) {
     return q;
   }
 };

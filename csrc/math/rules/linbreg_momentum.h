@@ -17,14 +17,18 @@ struct LinBregMomentum {
   };
 
   template <class C>
-  BREGMAN_HD static Point<C> point(C grad, C, C* state, const Hyper<C>& h) {
+  BREGMAN_HD static void update(C grad, C, C* state, const Hyper<C>& h) {
     state[1] = state[1] * h.momentum + grad * h.gain;
     state[0] = state[0] - state[1] * h.rate;
+  }
+
+  template <class C>
+  BREGMAN_HD static Point<C> point(C, C, const C* state, const Hyper<C>& h) {
     return {state[0] * h.delta, h.delta};
   }
 
   template <class C>
-  BREGMAN_HD static C finish(C q, C, C*, const Hyper<C>&) {
+  BREGMAN_HD static C finish(C q, C, const C*, const Hyper<C>&) {
     return q;
   }
 };

@@ -16,12 +16,15 @@ struct ProxSGD {
   };
 
   template <class C>
-  BREGMAN_HD static Point<C> point(C grad, C param, C*, const Hyper<C>& h) {
+  BREGMAN_HD static void update(C, C, C*, const Hyper<C>&) {}
+
+  template <class C>
+  BREGMAN_HD static Point<C> point(C grad, C param, const C*, const Hyper<C>& h) {
     return {param - grad * h.lr, h.lr};
   }
 
   template <class C>
-  BREGMAN_HD static C finish(C q, C, C*, const Hyper<C>&) {
+  BREGMAN_HD static C finish(C q, C, const C*, const Hyper<C>&) {
     return q;
   }
 };

@@ -16,13 +16,17 @@ struct ProxSGDMomentum {
   };
 
   template <class C>
-  BREGMAN_HD static Point<C> point(C grad, C param, C* state, const Hyper<C>& h) {
+  BREGMAN_HD static void update(C grad, C, C* state, const Hyper<C>& h) {
     state[0] = state[0] * h.momentum + grad;
+  }
+
+  template <class C>
+  BREGMAN_HD static Point<C> point(C, C param, const C* state, const Hyper<C>& h) {
     return {param - state[0] * h.lr, h.lr};
   }
 
   template <class C>
-  BREGMAN_HD static C finish(C q, C, C*, const Hyper<C>&) {
+  BREGMAN_HD static C finish(C q, C, const C*, const Hyper<C>&) {
     return q;
   }
 };

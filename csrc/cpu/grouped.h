@@ -1,0 +1,319 @@
+// The loops for group penalties. A group is visited twice: once to advance its state and sum the squares of its prox
+// points, once to shrink by the factor that follows. Points are not kept in between: the second visit computes them
+// again from the state, which the caches still hold.
+#pragma once
+
+#include "arrays.h"
+
+BREGMAN_BEGIN
+
+// Squares are summed in float64: the square of a float is exact there, fused or not.
+template <class C>
+BREGMAN_HD double add_square(double sum, C x) {
+  const double value = double(x);
+#if defined(BREGMAN_FMA)
+  if constexpr (sizeof(C) == 4) return __builtin_fma(value, value, sum);
+#endif
+  return sum + value * value;
+}
+
+// First visit of n neighbours of one group. Element j adds to lanes[j % kLanes], an order that depends on n alone.
+constexpr int kLanes = 32;
+template <class Rule, class Elementwise, class T, bool kMasked>
+BREGMAN_LOOP void advance_run(const Arrays<Rule, T> a, int64_t begin, int64_t n,
+                              const Scalars<Rule, compute_t<T>> k, double* __restrict__ lanes,
+                              const flag_t<compute_t<T>>* keep) {
+  using C = compute_t<T>;
+  double sums[kLanes];
+  for (int m = 0; m < kLanes; ++m) sums[m] = lanes[m];
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) {
+    C q[kLanes];
+#pragma GCC ivdep
+    for (int m = 0; m < kLanes; ++m) {
+      C s[kMaxSlots];
+      q[m] = prox_point<true, Rule, Elementwise, T, C, kMasked>(a, begin + j + m, k, s, keep, j + m);
+    }
+    for (int m = 0; m < kLanes; ++m) sums[m] = add_square(sums[m], q[m]);
+  }
+  const int64_t rest = n - j;
+#pragma GCC ivdep
+  for (int64_t m = 0; m < rest; ++m) {
+    C s[kMaxSlots];
+    sums[m] = add_square(sums[m], prox_point<true, Rule, Elementwise, T, C, kMasked>(a, begin + j + m, k, s, keep, j + m));
+  }
+  for (int m = 0; m < kLanes; ++m) lanes[m] = sums[m];
+}
+
+// Where the rows of a tile begin, from its first: `outer` times `inner` of them.
+struct Rows {
+  int64_t outer, inner, outer_stride, inner_stride;
+};
+
+// Asks for what the first visit of n neighbours will read. Rows are too short for the processor to foresee.
+template <class Rule, class T>
+BREGMAN_HD void fetch(const Arrays<Rule, T>& a, int64_t begin, int64_t n) {
+  using C = compute_t<T>;
+  for (int64_t j = 0; j < n; j += int64_t(64 / sizeof(T))) __builtin_prefetch(a.grad + begin + j, 0, 2);
+  for (int64_t j = 0; j < n; j += int64_t(64 / sizeof(C))) {
+    if constexpr (Rule::kStateSlots > 0) __builtin_prefetch(a.slot0 + begin + j, 1, 2);
+    if constexpr (Rule::kStateSlots > 1) __builtin_prefetch(a.slot1 + begin + j, 1, 2);
+    if constexpr (Rule::kStateSlots > 2) __builtin_prefetch(a.slot2 + begin + j, 1, 2);
+    if constexpr (Rule::kReadsParam) __builtin_prefetch(a.param + begin + j, 1, 2);
+  }
+}
+
+// First visit of rows of n columns, each of which has a sum of its own.
+template <class Rule, class Elementwise, class T, bool kMasked>
+BREGMAN_LOOP void advance_columns(const Arrays<Rule, T> a, int64_t base, const Rows rows, int64_t n,
+                                  const Scalars<Rule, compute_t<T>> k, double* __restrict__ sums,
+                                  const flag_t<compute_t<T>>* keep) {
+  using C = compute_t<T>;
+  constexpr int64_t kAhead = 512;  // elements
+  const int64_t ahead = ceil_div(kAhead, n);
+  for (int64_t outer = 0; outer < rows.outer; ++outer)
+    for (int64_t inner = 0; inner < rows.inner; ++inner) {
+      const int64_t begin = base + outer * rows.outer_stride + inner * rows.inner_stride;
+      if (inner + ahead < rows.inner) fetch(a, begin + ahead * rows.inner_stride, n);
+#pragma GCC ivdep
+      for (int64_t j = 0; j < n; ++j) {
+        C s[kMaxSlots];
+        sums[j] = add_square(sums[j], prox_point<true, Rule, Elementwise, T, C, kMasked>(a, begin + j, k, s, keep, j));
+      }
+    }
+}
+
+// Second visit of one element: shrink by the group's factor, finish, and store in `to`; whether it is non-zero.
+template <class Rule, class Elementwise, class T, class C, bool kMasked>
+BREGMAN_HD bool finish_point(const Arrays<Rule, T>& a, const Arrays<Rule, T>& to, int64_t i,
+                             const Scalars<Rule, C>& k, C factor, const flag_t<C>* keep, int64_t j) {
+  C s[kMaxSlots];
+  const C q = prox_point<false, Rule, Elementwise, T, C, kMasked>(a, i, k, s, keep, j);
+  C value = Rule::finish(q * factor, a.load_param(i), s, k.h);
+  if constexpr (kMasked) value = select(keep[j] != 0, value, C(0));
+  return to.store_param(i, value);
+}
+
+// Second visit of n neighbours; returns how many are non-zero.
+template <class Rule, class Elementwise, class T, bool kMasked, class Factor>
+BREGMAN_LOOP int32_t finish_block(const Arrays<Rule, T> a, int64_t begin, int64_t n,
+                                  const Scalars<Rule, compute_t<T>> k, const Factor factor,
+                                  const flag_t<compute_t<T>>* keep) {
+  using C = compute_t<T>;
+  int32_t count = 0;
+#pragma GCC ivdep
+  for (int64_t j = 0; j < n; ++j)
+    count += finish_point<Rule, Elementwise, T, C, kMasked>(a, a, begin + j, k, factor(j), keep, j);
+  return count;
+}
+
+// The same past the caches, for rows of whole memory lines; meanwhile asks for the next tile, `next` elements a row.
+template <class Rule, class Elementwise, class T, class Factor>
+BREGMAN_LOOP int32_t finish_streamed(const Arrays<Rule, T> a, int64_t base, const Rows rows, int64_t n,
+                                     const Scalars<Rule, compute_t<T>> k, const Factor factor, int64_t next) {
+  using C = compute_t<T>;
+  constexpr int kPart = kLine<T> > 32 ? kLine<T> : 32;  // GCC takes loops of 16 apart before it vectorises
+  int32_t count = 0;
+  for (int64_t outer = 0; outer < rows.outer; ++outer)
+    for (int64_t inner = 0; inner < rows.inner; ++inner) {
+      const int64_t begin = base + outer * rows.outer_stride + inner * rows.inner_stride;
+      fetch(a, begin + n, next);
+      int64_t j = 0;
+      for (; j + kPart <= n; j += kPart) {
+        alignas(64) T part[kPart];
+        Arrays<Rule, T> to = a;
+        to.param = part - begin - j;
+#pragma GCC ivdep
+        for (int m = 0; m < kPart; ++m)
+          count += finish_point<Rule, Elementwise, T, C, false>(a, to, begin + j + m, k, factor(j + m), nullptr, 0);
+        stream_copy(a.param + begin + j, part, sizeof(part));
+      }
+#pragma GCC ivdep
+      for (; j < n; ++j)
+        count += finish_point<Rule, Elementwise, T, C, false>(a, a, begin + j, k, factor(j), nullptr, 0);
+    }
+  return count;
+}
+
+inline double sum_lanes(double* lanes) {
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int m = 0; m < half; ++m) lanes[m] += lanes[m + half];
+  return lanes[0];
+}
+
+// totals[m] = the sum of `row` neighbours, for `count` groups.
+inline void sum_rows(const double* __restrict__ values, int64_t row, int64_t count, double* __restrict__ totals) {
+  for (int64_t m = 0; m < count; ++m) {
+    double total = 0;
+    for (int64_t c = 0; c < row; ++c) total += values[m * row + c];
+    totals[m] = total;
+  }
+}
+
+template <class Scalar, class C>
+void radial_factors(const double* __restrict__ totals, int64_t count, C scale, const Penalty<C> k, C* __restrict__ factor) {
+#pragma GCC ivdep
+  for (int64_t m = 0; m < count; ++m) factor[m] = radial_factor<Scalar>(C(square_root(totals[m])), scale, k);
+}
+
+template <class C>
+void radial_factors(const double* totals, int64_t count, C scale, const Penalty<C>& k, C* factor) {
+  switch (PenaltyKind(k.kind)) {
+#define X(Functor, name) \
+  case PenaltyKind::name: \
+    return radial_factors<Functor>(totals, count, scale, k, factor);
+    BREGMAN_PENALTIES(X)
+#undef X
+  }
+}
+
+// The factor of element j: one for all, or one per column.
+template <class C>
+struct OneFactor {
+  C factor;
+  BREGMAN_HD C operator()(int64_t) const { return factor; }
+  BREGMAN_HD OneFactor from(int64_t) const { return *this; }
+};
+template <class C>
+struct ColumnFactors {
+  const C* __restrict__ factors;
+  BREGMAN_HD C operator()(int64_t j) const { return factors[j]; }
+  BREGMAN_HD ColumnFactors from(int64_t j) const { return {factors + j}; }
+};
+
+// Repeats each group's factor for its `row` columns. Writes up to kSpread - 1 elements too many.
+constexpr int64_t kSpread = 16;
+template <class C>
+void spread(const C* __restrict__ factor, int64_t row, int64_t count, C* __restrict__ columns) {
+  for (int64_t m = 0; m < count; ++m)
+    for (int64_t c = 0; c < row; c += kSpread)  // whole vectors: the surplus is overwritten by the next group
+      for (int64_t lane = 0; lane < kSpread; ++lane) columns[m * row + c + lane] = factor[m];
+}
+
+// Groups of one tensor: rows of contiguous columns, `row` of them per group.
+template <class Rule, class Elementwise, class T>
+struct Groups {
+  using C = compute_t<T>;
+  const TensorRecord& t;
+  const Scalars<Rule, C> k;
+  const Arrays<Rule, T> a;
+  const C scale;
+  const int64_t row, rows, inner, row_stride, r0_stride;
+  const bool stream;
+  Scratch& scratch = thread_scratch();
+
+  Groups(const PlanView& plan, const TensorRecord& record, const void* grad, const StepArgs& args)
+      : t(record), k(Scalars<Rule, C>::from(args)), a(record, grad), scale(uniform_scale<Rule, C>(k.h) * C(t.weight)),
+        row(t.layout.r2), rows(t.layout.rows()), inner(t.layout.r1), row_stride(t.layout.g2 * row),
+        r0_stride(t.layout.g1 * inner * row_stride), stream(streams<Rule, T>(plan, t) && t.mask == nullptr) {}
+
+  int64_t offset(int64_t base, int64_t r) const { return base + (r / inner) * r0_stride + (r % inner) * row_stride; }
+  Rows all_rows() const { return {rows / inner, inner, r0_stride, row_stride}; }
+
+  void advance_one(int64_t begin, int64_t n, double* lanes) const {
+    if (t.mask == nullptr) return advance_run<Rule, Elementwise, T, false>(a, begin, n, k, lanes, nullptr);
+    for_blocks<C>(t.mask, begin, n, [&](int64_t j, int64_t length, const flag_t<C>* keep) {
+      advance_run<Rule, Elementwise, T, true>(a, begin + j, length, k, lanes, keep);
+    });
+  }
+  void advance_tile(int64_t base, int64_t n, double* sums) const {
+    if (t.mask == nullptr)
+      return advance_columns<Rule, Elementwise, T, false>(a, base, all_rows(), n, k, sums, nullptr);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t begin = offset(base, r);
+      for_blocks<C>(t.mask, begin, n, [&](int64_t j, int64_t length, const flag_t<C>* keep) {
+        advance_columns<Rule, Elementwise, T, true>(a, begin + j, {1, 1, 0, 0}, length, k, sums + j, keep);
+      });
+    }
+  }
+
+  template <class Factor>
+  int32_t finish(int64_t base, int64_t n, Factor factor, int64_t next) const {
+    auto lines = [](int64_t elements) { return elements % kLine<T> == 0; };
+    if (stream && lines(base) && lines(n) && (rows == 1 || (lines(row_stride) && lines(r0_stride))))
+      return finish_streamed<Rule, Elementwise, T>(a, base, all_rows(), n, k, factor, next);
+    int32_t count = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t begin = offset(base, r);
+      if (t.mask == nullptr) {
+        fetch(a, begin + n, next);
+        count += finish_block<Rule, Elementwise, T, false>(a, begin, n, k, factor, nullptr);
+      } else {
+        for_blocks<C>(t.mask, begin, n, [&](int64_t j, int64_t length, const flag_t<C>* keep) {
+          count += finish_block<Rule, Elementwise, T, true>(a, begin + j, length, k, factor.from(j), keep);
+        });
+      }
+    }
+    return count;
+  }
+
+  // Neighbouring groups that are one long run each.
+  int32_t run_long(int64_t base, int64_t count, int32_t* alive) const {
+    int32_t nonzeros = 0;
+    for (int64_t m = 0; m < count; ++m, base += row) {
+      double lanes[kLanes] = {};
+      advance_one(base, row, lanes);
+      const double total = sum_lanes(lanes);
+      OneFactor<C> factor{};
+      radial_factors(&total, 1, scale, k.radial, &factor.factor);
+      const int32_t found = finish(base, row, factor, 0);
+      nonzeros += found;
+      if (alive != nullptr) *alive += found > 0;
+    }
+    return nonzeros;
+  }
+
+  // `count` groups of short or scattered runs: columns side by side, then the few columns of each group.
+  int32_t run_columns(int64_t base, int64_t count, int32_t* alive) const {
+    const int64_t columns = count * row;
+    double* sums = scratch.get<double>(0, columns);
+    double* totals = scratch.get<double>(1, count);
+    C* factor = scratch.get<C>(2, count);
+    C* spread_factor = scratch.get<C>(3, columns + kSpread);
+    for (int64_t j = 0; j < columns; ++j) sums[j] = 0;
+    advance_tile(base, columns, sums);
+    sum_rows(sums, row, count, totals);
+    radial_factors(totals, count, scale, k.radial, factor);
+    spread(factor, row, count, spread_factor);
+    const int64_t left = rows == 1 ? t.numel - base - columns : row_stride - base % row_stride - columns;
+    const int64_t next = left < columns ? left : columns;
+    const int32_t nonzeros = finish(base, columns, ColumnFactors<C>{spread_factor}, next);
+    if (alive != nullptr)
+      for (int64_t m = 0; m < count; ++m) *alive += factor[m] != C(0) && any_nonzero(base + m * row);
+    return nonzeros;
+  }
+
+  bool any_nonzero(int64_t base) const {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < row; ++c)
+        if (nonzero(a.param[offset(base, r) + c])) return true;
+    return false;
+  }
+};
+
+template <class Rule, class Elementwise, class T>
+void run_grouped(const PlanView& plan, const Item& item, const void* grad, const StepArgs& args, int32_t* counts) {
+  constexpr int64_t kBatch = 2048;  // contiguous elements at a time: all scratch stays in L1
+  constexpr int64_t kLong = 64;     // from here on a group is its own loop
+  const TensorRecord& t = plan.records()[item.tensor];
+  const GroupLayout& g = t.layout;
+  Groups<Rule, Elementwise, T> groups(plan, t, grad, args);
+  const int64_t slab = item.begin / g.g2;
+  const int64_t base = (slab / g.g1) * g.r0 * groups.r0_stride + (slab % g.g1) * g.r1 * groups.row_stride +
+                       (item.begin % g.g2) * g.r2;
+  int32_t count = 0, alive = 0;
+  int32_t* count_alive = counts == nullptr ? nullptr : &alive;
+  if (groups.rows == 1 && g.r2 >= kLong) {
+    count = groups.run_long(base, item.count, count_alive);
+  } else {
+    const int64_t batch = groups.rows > 1 ? item.count : kBatch / g.r2;
+    for (int64_t m = 0; m < item.count; m += batch)
+      count += groups.run_columns(base + m * g.r2, item.count - m < batch ? item.count - m : batch, count_alive);
+  }
+  if (groups.stream) stream_fence();
+  if (counts == nullptr) return;
+  counts[0] = count;
+  counts[1] = alive;
+}
+
+BREGMAN_END
