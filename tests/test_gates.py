@@ -182,41 +182,44 @@ def test_the_ptx_reader_sees_generic_and_narrow_accesses() -> None:
 
 # ---------------------------------------------------------------- CPU
 
-# Loops that are functions of their own, by template arguments; and loops that are inlined into their callers.
+# The functions that hold the loops, by file and template arguments.
 MASKED = ("true", "false")
-NAMED = dict.fromkeys(("separable_block", "points_block"), (RULES, PENALTIES, PACKS, MASKED))
-INLINED = ("finish_block", "squares", "sum_squares")
-KERNELS = ROOT / "csrc/cpu/kernels.h"
+COMMON = ("NoPenalty", "L1")  # the elementwise penalties that group loops are compiled for
+WRITING = tuple(rule for rule in RULES if not rule.startswith("Prox"))  # rules that do not read the parameter
+FACTORS = ("OneFactor", "ColumnFactors")
+FUNCTIONS = {
+    "separable_block": ("separable.h", RULES, PENALTIES, PACKS, MASKED),
+    "advance_run": ("grouped.h", RULES, COMMON, PACKS, MASKED),
+    "advance_columns": ("grouped.h", RULES, COMMON, PACKS, MASKED),
+    "finish_block": ("grouped.h", RULES, COMMON, PACKS, MASKED, FACTORS),
+    "finish_streamed": ("grouped.h", WRITING, COMMON, PACKS, FACTORS),
+}
 
 
-def loop_lines(function: str) -> set[int]:
-    """Line numbers of the loops in the body of a function template of kernels.h."""
-    lines = KERNELS.read_text().splitlines()
+def loop_lines(file: str, function: str) -> set[int]:
+    """Line numbers of the loops marked for vectorisation in the body of a function template."""
+    lines = (ROOT / "csrc/cpu" / file).read_text().splitlines()
     start = next(i for i, line in enumerate(lines) if re.search(rf"^\S.*\b{function}\(", line))
     end = next(i for i in range(start, len(lines)) if lines[i] == "}")
-    return {i + 1 for i in range(start, end) if re.match(r"\s*for \(", lines[i])}
+    return {i + 2 for i in range(start, end) if lines[i] == "#pragma GCC ivdep"}
 
 
-def read_dump(text: str) -> dict[tuple[str, int], bool]:
-    """(function, line) of every loop of kernels.h that GCC looked at, and whether it was vectorised.
-
-    A function with several copies of a loop counts as vectorised if one of them is.
-    """
-    seen: dict[tuple[str, int], bool] = defaultdict(bool)
+def read_dump(text: str) -> set[tuple[str, str, int]]:
+    """(function, file, line) of every loop in csrc/cpu that GCC vectorised."""
+    seen = set()
     function = ""
     for line in text.splitlines():
         if header := re.match(r";; Function .*\((\w+)", line):
             function = header.group(1)
-        elif note := re.match(r"\S*cpu/kernels\.h:(\d+):\d+: (optimized|missed): +(.*)", line):
-            key = function, int(note.group(1))
-            seen[key] |= note.group(2) == "optimized" and note.group(3).startswith("loop vectorized")
-    names = sorted({name for name, _ in seen})
+        elif note := re.match(r"\S*cpu/(\w+\.h):(\d+):\d+: optimized: +loop vectorized", line):
+            seen.add((function, note.group(1), int(note.group(2))))
+    names = sorted({name for name, _, _ in seen})
     plain = dict(zip(names, demangled(names), strict=True))
-    return {(plain[name], line): ok for (name, line), ok in seen.items()}
+    return {(plain[name], file, line) for name, file, line in seen}
 
 
 @pytest.fixture(scope="module")
-def loops(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], bool]:
+def loops(tmp_path_factory: pytest.TempPathFactory) -> set[tuple[str, str, int]]:
     try:
         cxx = find_cxx()
     except Missing as missing:
@@ -233,20 +236,17 @@ def loops(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], boo
     return read_dump(dump.read_text())
 
 
-@pytest.mark.parametrize("function", NAMED)
-def test_every_instance_is_vectorised(loops: dict[tuple[str, int], bool], function: str) -> None:
-    lines = loop_lines(function)
-    vectorised = {name for (name, line), ok in loops.items() if ok and line in lines}
-    done = {match.group(1) for name in vectorised if (match := re.search(rf"\b{function}<([^<>]*)>", name))}
-    wanted = {", ".join(arguments) for arguments in itertools.product(*NAMED[function])}
-    assert sorted(wanted - done) == []
-
-
-@pytest.mark.parametrize("function", INLINED)
-def test_inlined_loops_are_vectorised(loops: dict[tuple[str, int], bool], function: str) -> None:
-    lines = loop_lines(function)
-    assert any(ok for (_, line), ok in loops.items() if line in lines)
-    assert sorted(name for (name, line), ok in loops.items() if line in lines and not ok) == []
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_every_instance_is_vectorised(loops: set[tuple[str, str, int]], function: str) -> None:
+    file, *arguments = FUNCTIONS[function]
+    lines = loop_lines(file, function)
+    assert lines
+    for line in lines:
+        names = {name for name, f, n in loops if (f, n) == (file, line)}
+        done = {match.group(1) for name in names if (match := re.search(rf"\b{function}<(.*)>\(", name))}
+        done = {re.sub(r"<\w+> ?", "", found) for found in done}  # the factors' own argument
+        wanted = {", ".join(instance) for instance in itertools.product(*arguments)}
+        assert sorted(wanted - done) == [], f"{file}:{line}"
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ BREGMAN_HD C prox_point(const Arrays<Rule, T>& a, int64_t i, const Scalars<Rule,
   if constexpr (kAdvance) {
     Rule::update(grad, param, s, k.h);
     if constexpr (kMasked)
-      for (int m = 0; m < Rule::kStateSlots; ++m) s[m] = keep[j] ? s[m] : C(0);
+      for (int m = 0; m < Rule::kStateSlots; ++m) s[m] = select(keep[j] != 0, s[m], C(0));
     a.store_state(i, s);
   }
   Point<C> p = Rule::point(grad, param, s, k.h);

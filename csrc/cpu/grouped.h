@@ -230,8 +230,9 @@ struct Groups {
   template <class Factor>
   int32_t finish(int64_t base, int64_t n, Factor factor, int64_t next) const {
     auto lines = [](int64_t elements) { return elements % kLine<T> == 0; };
-    if (stream && lines(base) && lines(n) && (rows == 1 || (lines(row_stride) && lines(r0_stride))))
-      return finish_streamed<Rule, Elementwise, T>(a, base, all_rows(), n, k, factor, next);
+    if constexpr (!Rule::kReadsParam)
+      if (stream && lines(base) && lines(n) && (rows == 1 || (lines(row_stride) && lines(r0_stride))))
+        return finish_streamed<Rule, Elementwise, T>(a, base, all_rows(), n, k, factor, next);
     int32_t count = 0;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t begin = offset(base, r);
