@@ -25,6 +25,9 @@ class SparseOptimizer(torch.optim.Optimizer):
     Parameters without a gradient are skipped: neither their state nor their sparsity changes.
     """
 
+    # torch.amp.GradScaler then leaves unscaling and the skip on overflow to `step`.
+    _step_supports_amp_scaling = True
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -96,6 +99,9 @@ class SparseOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step. Returns the closure's loss, if any.
 
+        Under `torch.amp.GradScaler` gradients are unscaled in the same pass (`.grad` itself stays scaled, and may be
+        fp16), and a step with an overflow changes nothing at all, the step count included.
+
         Raises:
             RuntimeError: a sparse gradient, or `fused=True` for a tensor that kernels do not serve.
             FloatingPointError: with `check_finite`, a gradient with NaN or Inf.
@@ -105,8 +111,16 @@ class SparseOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for plan, group, grads in self._ready():
-            plan.run(group, grads, -1.0 if group["maximize"] else 1.0)
+        # GradScaler sets both around its call; grad_scale is None after an explicit unscale_.
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found_inf is not None and bool(found_inf):
+            return loss
+        unscale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
+        ready = self._ready()
+        if sum(len(plan.buckets) for plan, _, _ in ready) > 1:  # a single bucket checks before it changes anything
+            self._check_dtypes(ready)
+        for plan, group, grads in ready:
+            plan.run(group, grads, -unscale if group["maximize"] else unscale)
         return loss
 
     def _ready(self) -> list[tuple[GroupPlan, dict[str, Any], list[Tensor]]]:
@@ -139,6 +153,16 @@ class SparseOptimizer(torch.optim.Optimizer):
                     name = self._describe(group, i)
                     raise FloatingPointError(f"the gradient of {name} has NaN or Inf; nothing was changed")
 
+    def _check_dtypes(self, ready: list[tuple[GroupPlan, dict[str, Any], list[Tensor]]]) -> None:
+        for plan, group, grads in ready:
+            for bucket in plan.buckets:
+                for position, param in zip(bucket.index, bucket.params):
+                    if grads[position].dtype != param.dtype:
+                        raise RuntimeError(
+                            f"{type(self).__name__}: a parameter of shape {tuple(param.shape)} has dtype "
+                            f"{param.dtype}, its gradient {grads[position].dtype}; they must agree"
+                        )
+
     def _plan(self, number: int, group: dict[str, Any], active: Any) -> GroupPlan:
         """The group's plan; built anew when anything but gradients and scalars changed."""
         reg, params = group["reg"], group["params"]
@@ -158,14 +182,17 @@ class SparseOptimizer(torch.optim.Optimizer):
         """The parameter's state, with what the rule needs and is not there yet."""
         state: dict[str, Any] = self.state[param]
         state.setdefault("step", torch.tensor(0.0))
-        mask = state.get("mask")
-        for slot in slots_of(rule, param):
-            if slot in state and state[slot].shape == param.shape and state[slot].stride() == _strides(param):
+        mask, dtype, slots = state.get("mask"), state_dtype(param), slots_of(rule, param)
+        if "master" not in slots:
+            state.pop("master", None)  # the parameter became its own master: model.float()
+        for slot in slots:
+            known = state.get(slot)
+            if known is not None and (known.dtype, known.shape, known.stride()) == (dtype, param.shape, _strides(param)):
                 continue
-            wide = param.detach().to(state_dtype(param))
+            wide = param.detach().to(dtype)
             value = wide if slot == "master" else rule.init_slot(slot, wide, group)
-            value = state.get(slot, value)  # same state in another memory layout: keep its values
-            state[slot] = torch.zeros_like(param, dtype=state_dtype(param))
+            value = state.get(slot, value)  # same state in another dtype or memory layout: keep its values
+            state[slot] = torch.zeros_like(param, dtype=dtype)
             if value is not None:
                 state[slot].copy_(value)
             if mask is not None:
