@@ -199,7 +199,8 @@ def test_small_steps_are_not_lost_in_bf16():
 def test_state_follows_the_parameters_dtype(rule, fused):
     """model.double() and back: state keeps its values and takes the dtype that belongs to the parameter's."""
     params, optimizer = make(rule, fused)
-    for dtype, wide in ((torch.float64, torch.float64), (torch.bfloat16, torch.float32), (torch.float32, torch.float32)):
+    for dtype in (torch.float64, torch.bfloat16, torch.float32):
+        wide = torch.float64 if dtype is torch.float64 else torch.float32
         for p in params:
             p.grad = None
             p.data = p.data.to(dtype)

@@ -154,7 +154,7 @@ class SparseOptimizer(torch.optim.Optimizer):
                     raise FloatingPointError(f"the gradient of {name} has NaN or Inf; nothing was changed")
 
     def _check_dtypes(self, ready: list[tuple[GroupPlan, dict[str, Any], list[Tensor]]]) -> None:
-        for plan, group, grads in ready:
+        for plan, _, grads in ready:
             for bucket in plan.buckets:
                 for position, param in zip(bucket.index, bucket.params):
                     if grads[position].dtype != param.dtype:
@@ -186,8 +186,8 @@ class SparseOptimizer(torch.optim.Optimizer):
         if "master" not in slots:
             state.pop("master", None)  # the parameter became its own master: model.float()
         for slot in slots:
-            known = state.get(slot)
-            if known is not None and (known.dtype, known.shape, known.stride()) == (dtype, param.shape, _strides(param)):
+            known, wanted = state.get(slot), (dtype, param.shape, _strides(param))
+            if known is not None and (known.dtype, known.shape, known.stride()) == wanted:
                 continue
             wide = param.detach().to(dtype)
             value = wide if slot == "master" else rule.init_slot(slot, wide, group)
