@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .optim._rule import Hyper, Rule
 
 _HERE = Path(__file__).parent
-_PARAMETERS = 2  # scalars that a penalty may have in the kernels
+PENALTY_PARAMETERS = 2  # scalars that a penalty may have in the kernels
 
 
 class Kernels:
@@ -52,7 +52,7 @@ class Kernels:
                 kinds.append(kind)
                 given = penalty.parameters()
                 values = [given[name] for name in parameter_names]
-            scalars += values + [0.0] * (_PARAMETERS - len(values))
+            scalars += values + [0.0] * (PENALTY_PARAMETERS - len(values))
         return kinds, scalars
 
     def serves(self, param: Tensor, rule: Rule, reg: Any) -> str:

@@ -14,6 +14,7 @@ from ..regularizers._base import check_number
 from . import _masks
 from ._plan import Bucket, GroupPlan, slots_of
 from ._rule import Rule
+from ._traced import traced_step
 
 _FLAGS = {"maximize": False, "fused": None, "count_nonzeros": False, "check_finite": False}
 
@@ -111,6 +112,9 @@ class SparseOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if torch.compiler.is_compiling():
+            traced_step(self)
+            return loss
         # GradScaler sets both around its call; grad_scale is None after an explicit unscale_.
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         if found_inf is not None and bool(found_inf):
@@ -198,6 +202,17 @@ class SparseOptimizer(torch.optim.Optimizer):
             if mask is not None:
                 state[slot].masked_fill_(~_masks.unpack(mask, param), 0)
         return state
+
+    def _init_group(self, group: dict[str, Any]) -> None:
+        """State of all parameters with a gradient. torch.compile runs a method of this name while it traces a step,
+        not as part of it."""
+        rule = self._rule(group)
+        counters: dict[Any, Tensor] = {}
+        for param in group["params"]:
+            if param.grad is not None:
+                state = self._init_state(param, group, rule)
+                bucket = (param.device, param.dtype, float(state["step"]))
+                state["step"] = counters.setdefault(bucket, state["step"].clone())
 
     @torch.no_grad()
     def set_mask(self, param: Tensor, mask: Tensor | None) -> None:

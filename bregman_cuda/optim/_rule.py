@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 State = dict[str, Tensor]
 Hyper = dict[str, float]
+
+
+def number(value: float | Tensor) -> Any:
+    """A hyper-parameter as a float; a tensor stays one inside torch.compile, which cannot read it."""
+    if torch.is_tensor(value) and torch.compiler.is_compiling():
+        return value.double()
+    return float(value)
 
 
 class Rule:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from ..regularizers import Regularizer
 from ..regularizers._base import check_number
 from ._base import SparseOptimizer
-from ._rule import Hyper, Rule, State
+from ._rule import Hyper, Rule, State, number
 from .linbreg import BregmanRule, check_delta, check_momentum
 
 
@@ -33,8 +32,8 @@ class AdaBregRule(BregmanRule):
             "one_minus_beta1": 1 - beta1,
             "beta2": beta2,
             "one_minus_beta2": 1 - beta2,
-            "rate": float(group["lr"]) / (1 - beta1**step),
-            "root_correction": 1 / math.sqrt(1 - beta2**step),
+            "rate": number(group["lr"]) / (1 - beta1**step),
+            "root_correction": (1 - beta2**step) ** -0.5,
             "eps": group["eps"],
             "delta": group["delta"],
         }

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..regularizers import Regularizer
 from ..regularizers._base import check_number
 from ._base import SparseOptimizer
-from ._rule import Hyper, Rule, State
+from ._rule import Hyper, Rule, State, number
 
 
 def initial_dual(param: Tensor, group: dict[str, Any]) -> Tensor:
@@ -36,7 +36,7 @@ class LinBregRule(BregmanRule):
     slots = ("dual",)
 
     def hyper(self, group: dict[str, Any], step: int) -> Hyper:
-        return {"lr": float(group["lr"]), "delta": group["delta"]}
+        return {"lr": number(group["lr"]), "delta": group["delta"]}
 
     def point(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> tuple[Tensor, float]:
         dual = state["dual"]
@@ -51,7 +51,7 @@ class LinBregMomentumRule(BregmanRule):
     slots = ("dual", "momentum_buffer")
 
     def hyper(self, group: dict[str, Any], step: int) -> Hyper:
-        lr, momentum = float(group["lr"]), group["momentum"]
+        lr, momentum = number(group["lr"]), group["momentum"]
         paper = group["momentum_style"] == "paper"
         return {
             "momentum": momentum,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..regularizers import Regularizer
 from ._base import SparseOptimizer
-from ._rule import Hyper, Rule, State
+from ._rule import Hyper, Rule, State, number
 from .linbreg import check_momentum
 
 
@@ -20,7 +20,7 @@ class ProxSGDRule(Rule):
     reads_param = True
 
     def hyper(self, group: dict[str, Any], step: int) -> Hyper:
-        return {"lr": float(group["lr"])}
+        return {"lr": number(group["lr"])}
 
     def point(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> tuple[Tensor, float]:
         return param - grad * h["lr"], h["lr"]
@@ -34,7 +34,7 @@ class ProxSGDMomentumRule(Rule):
     reads_param = True
 
     def hyper(self, group: dict[str, Any], step: int) -> Hyper:
-        return {"lr": float(group["lr"]), "momentum": group["momentum"]}
+        return {"lr": number(group["lr"]), "momentum": group["momentum"]}
 
     def point(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> tuple[Tensor, float]:
         buffer = state["momentum_buffer"]

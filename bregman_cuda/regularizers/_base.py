@@ -238,7 +238,7 @@ class Grouped(Regularizer):
         if self.weight == "none":
             return 1.0
         dims = self.groups_of(shape)
-        return math.sqrt(math.prod(n for d, n in enumerate(shape) if d not in dims))
+        return math.sqrt(math.prod([n for d, n in enumerate(shape) if d not in dims]))
 
 
 def _check_groups(owner: str, groups: Any) -> str | tuple[int, ...]:

@@ -169,7 +169,7 @@ template <class Rule> void oracle(TestTensor& t, const Step& step) {
     for (int m = 0; m < t.slots; ++m) state[i][m] = t.s[m][i];
     const double gradient = t.g[i] * step.scalars[0];
     Rule::template update<double>(gradient, t.p[i], state[i].data(), h);
-    const Point<double> point = Rule::template point<double>(gradient, t.p[i], state[i].data(), h);
+    Point<double> point = Rule::template point<double>(gradient, t.p[i], state[i].data(), h);
     if (!t.keep[i]) point.z = 0, state[i].fill(0);
     t.error_scale[i] = 1 + std::abs(t.p[i]) + std::abs(t.s[0][i]) + (std::isfinite(point.z) ? std::abs(point.z) : 0);
     q[i] = prox(point.z, point.scale, step.elementwise);

@@ -1,0 +1,127 @@
+"""The step as `torch.compile` sees it: one op per bucket that names all it changes, with every scalar in a tensor.
+
+Outside of compilation `_plan.py` runs instead: there the addresses of a plan replace the lists of tensors.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import _backend
+from ._masks import in_memory_order
+from ._plan import group_bits, slots_of
+from ._rule import Rule
+
+if TYPE_CHECKING:
+    from ._base import SparseOptimizer
+
+_PLANS: OrderedDict[tuple[Any, ...], tuple[Tensor, Tensor]] = OrderedDict()
+_MOST_PLANS = 64
+
+
+@torch.library.custom_op("bregman_cuda::fused_step_", mutates_args=("params", "state"))
+def fused_step_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    state: list[Tensor],
+    masks: list[Tensor],
+    group_dims: list[int],
+    weights: list[float],
+    rule: str,
+    elementwise: str,
+    radial: str,
+    scalars: Tensor,
+) -> None:
+    """One step of a rule on tensors of one device and dtype, in one launch.
+
+    Args:
+        params, grads: n tensors each; a gradient of another memory layout than its parameter's is copied.
+        state: n times the rule's slots, in the parameters' shapes and layouts.
+        masks: n packed masks in memory order, empty for none.
+        group_dims, weights: per tensor, as in the op `plan`.
+        rule, elementwise, radial: names; the penalties of elements and of group norms.
+        scalars: float64 on the CPU: grad_scale, the rule's hyper-parameters, two numbers per penalty.
+    """
+    kernels, why = _backend._load(params[0].device.type)
+    if kernels is None:
+        raise RuntimeError(f"bregman_cuda::fused_step_ needs compiled kernels: {why}")
+    kinds = [kernels.rules[rule][0], *(kernels.penalties[name][0] for name in (elementwise, radial))]
+    tensors = (*params, *state, *masks)
+    layouts = [(p.dtype, p.shape, p.stride()) for p in params]
+    key = (*[t.data_ptr() for t in tensors], *layouts, *group_dims, *weights, kinds[0])
+    plans = _PLANS.get(key)
+    if plans is None:
+        plan = kernels.plan(params, state, masks, group_dims, weights, kinds[0])
+        plans = _PLANS[key] = (plan, plan.to(params[0].device))
+        if len(_PLANS) > _MOST_PLANS:
+            _PLANS.popitem(last=False)
+    none = torch.empty(0, dtype=torch.int32, device=params[0].device)
+    values = scalars.tolist()
+    while (odd := kernels.step(*plans, grads, none, kinds, values)) >= 0:
+        grads = list(grads)
+        grads[odd] = torch.empty_like(params[odd]).copy_(grads[odd])
+
+
+def traced_step(optimizer: SparseOptimizer) -> None:
+    """Every group's step through `fused_step_`.
+
+    Raises:
+        RuntimeError: fused=False, which has nothing to gain; check_finite, or a GradScaler, whose decisions from the
+            values of gradients cannot be compiled in.
+    """
+    if getattr(optimizer, "found_inf", None) is not None or getattr(optimizer, "grad_scale", None) is not None:
+        raise RuntimeError("a compiled step cannot skip on overflow: call scaler.step(optimizer) outside torch.compile")
+    for group in optimizer.param_groups:
+        if group["fused"] is False:
+            raise RuntimeError("a compiled step runs kernels: leave fused at None, or step outside torch.compile")
+        if group["check_finite"]:
+            raise RuntimeError(
+                "a compiled step cannot raise for NaN: set check_finite=False, or step outside torch.compile"
+            )
+        optimizer._init_group(group)
+        rule = optimizer._rule(group)
+        buckets: list[list[tuple[Tensor, dict[str, Any]]]] = []
+        for param in group["params"]:
+            if param.grad is None:
+                continue
+            state = optimizer.state[param]
+            for bucket in buckets:
+                first, known = bucket[0]
+                if (first.device, first.dtype) == (param.device, param.dtype) and known["step"] is state["step"]:
+                    bucket.append((param, state))
+                    break
+            else:
+                buckets.append([(param, state)])
+        for bucket in buckets:
+            _step(group, rule, [param for param, _ in bucket], [state for _, state in bucket])
+    optimizer._forget_plans()
+
+
+def _step(group: dict[str, Any], rule: Rule, params: list[Tensor], states: list[dict[str, Any]]) -> None:
+    reg = group["reg"]
+    grads: Any = [p.grad for p in params]
+    grad_scale = -1.0 if group["maximize"] else 1.0
+    step = states[0]["step"]
+    step += 1
+    h = rule.hyper(group, step.double())
+    penalties = (None, None) if reg is None else (reg.elementwise, reg.radial)
+    values = [grad_scale, *h.values()]
+    for penalty in penalties:
+        own = [] if penalty is None else list(penalty.parameters().values())
+        values += own + [0.0] * (_backend.PENALTY_PARAMETERS - len(own))
+    none = torch.empty(0, dtype=torch.uint8, device=params[0].device)
+    fused_step_(
+        params,
+        grads,
+        [state[slot] for state in states for slot in slots_of(rule, params[0])],
+        [in_memory_order(s["mask"], p) if "mask" in s else none for s, p in zip(states, params)],
+        [group_bits(reg, p) for p in params],
+        [1.0 if reg is None or not p.numel() else reg.group_weight(p.shape) for p in params],
+        rule.name,
+        *["none" if penalty is None else penalty.kernel for penalty in penalties],
+        torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in values]),
+    )
