@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from ._plan import Bucket, GroupPlan, slots_of
 from ._rule import Rule
 from ._traced import traced_step
 
+_layout = operator.attrgetter("layout")  # without a Python call per tensor
 _FLAGS = {"maximize": False, "fused": None, "count_nonzeros": False, "check_finite": False}
 
 
@@ -145,7 +147,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         return ready
 
     def _check_grads(self, group: dict[str, Any], active: Any, grads: list[Tensor]) -> None:
-        if any(grad.layout is not torch.strided for grad in grads):
+        if set(map(_layout, grads)) != {torch.strided}:
             index = next(i for i, grad in zip(active, grads) if grad.layout is not torch.strided)
             raise RuntimeError(
                 f"{type(self).__name__} does not support sparse gradients: {self._describe(group, index)}; "
