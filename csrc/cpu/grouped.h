@@ -56,10 +56,10 @@ BREGMAN_HD void fetch(const Arrays<Rule, T>& a, int64_t begin, int64_t n) {
   using C = compute_t<T>;
   for (int64_t j = 0; j < n; j += int64_t(64 / sizeof(T))) __builtin_prefetch(a.grad + begin + j, 0, 2);
   for (int64_t j = 0; j < n; j += int64_t(64 / sizeof(C))) {
-    if constexpr (Rule::kStateSlots > 0) __builtin_prefetch(a.slot0 + begin + j, 1, 2);
-    if constexpr (Rule::kStateSlots > 1) __builtin_prefetch(a.slot1 + begin + j, 1, 2);
-    if constexpr (Rule::kStateSlots > 2) __builtin_prefetch(a.slot2 + begin + j, 1, 2);
-    if constexpr (Rule::kReadsParam) __builtin_prefetch(a.param + begin + j, 1, 2);
+    if constexpr (Rule::kStateSlots > 0) __builtin_prefetch(a.slot0 + begin + j, 0, 2);
+    if constexpr (Rule::kStateSlots > 1) __builtin_prefetch(a.slot1 + begin + j, 0, 2);
+    if constexpr (Rule::kStateSlots > 2) __builtin_prefetch(a.slot2 + begin + j, 0, 2);
+    if constexpr (Rule::kReadsParam) __builtin_prefetch(a.param + begin + j, 0, 2);
   }
 }
 

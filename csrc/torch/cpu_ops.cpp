@@ -5,16 +5,25 @@
 namespace bregman {
 namespace {
 
-// A chunk of 16 K elements keeps its arrays in L2 and leaves enough items to share out. A strided tile keeps its dual
-// there (576 KB), and rows as long as that allows: 32 groups of 9 columns of a 512-channel convolution.
-constexpr Tuning kTuning = {/*chunk=*/16384,          /*tile=*/16384, /*strided_tile=*/147456, /*min_segment=*/16,
-                            /*max_groups=*/1 << 20, /*align=*/16,   /*capacity=*/int64_t(1) << 40};
+// A chunk of 16 K elements keeps its arrays in L2 and leaves enough items to share out. A strided tile reads no more
+// than kTileBytes on its first visit, so that L2 still holds what the second one needs; rows are as long as that allows.
+constexpr int64_t kTileBytes = 9 << 17;  // 32 groups of 9 columns of a 512-channel convolution, dual and gradient
+Tuning cpu_tuning(int64_t bytes_read) {
+  return {/*chunk=*/16384,        /*tile=*/16384, /*strided_tile=*/kTileBytes / bytes_read, /*min_segment=*/16,
+          /*max_groups=*/1 << 20, /*align=*/16,   /*capacity=*/int64_t(1) << 40};
+}
 // Below this much work per thread, waking a thread costs more than it saves.
 constexpr int64_t kGrainElements = 16384;
 
 Tensor plan_cpu(const Tensors params, const Tensors state, const Tensors masks, const std::vector<int64_t> group_dims,
                 const std::vector<double> weights, int64_t rule) {
-  return plan_tensor(params, state, masks, group_dims, weights, rule, kTuning);
+  STD_TORCH_CHECK(!params.empty(), "a plan needs at least one tensor");
+  int64_t id = 0, arrays = 1 + int64_t(state.size() / params.size());
+#define X(Functor, name) \
+  if (rule == id++) arrays += Functor::kReadsParam;
+  BREGMAN_RULES(X)
+#undef X
+  return plan_tensor(params, state, masks, group_dims, weights, rule, cpu_tuning(arrays * params[0].element_size()));
 }
 
 std::string isa() { return best_isa().name; }
