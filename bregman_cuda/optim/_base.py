@@ -272,38 +272,63 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch, with regularizers as plain data, so that `torch.load(weights_only=True)` reads it."""
-        state = super().state_dict()
-        for group in state["param_groups"]:
-            if group.get("reg") is not None:
-                group["reg"] = group["reg"].to_dict()
-        return state
+        first = self.register_state_dict_post_hook(_plain_regularizers, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            first.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, except that state keeps its dtype: an fp32 dual of a bf16 weight stays fp32."""
         live = [group["reg"] for group in self.param_groups]
-        loaded = {**state_dict, "param_groups": [dict(group) for group in state_dict["param_groups"]]}
-        for group in loaded["param_groups"]:
-            if isinstance(group.get("reg"), dict):
-                group["reg"] = Regularizer.from_dict(group["reg"])
-        super().load_state_dict(loaded)
-        ids = [i for group in loaded["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for i, param in zip(ids, params):
-            for key, value in loaded["state"].get(i, {}).items():
-                if torch.is_tensor(value) and key != "step":
-                    self.state[param][key] = value.to(param.device).clone()
-        for group, reg in zip(self.param_groups, live):
-            if type(reg) is type(group["reg"]) and reg is not None:
-                vars(reg).update(vars(group["reg"]))  # a handle held by the user stays live
-                group["reg"] = reg
-        self._forget_plans()
+        loaded: dict[str, Any] = {}
+
+        def read(_: Any, given: dict[str, Any]) -> dict[str, Any]:
+            """The last pre-hook: the dict as other hooks left it."""
+            loaded.update(given, param_groups=[dict(group) for group in given["param_groups"]])
+            for group in loaded["param_groups"]:
+                if isinstance(group.get("reg"), dict):
+                    group["reg"] = Regularizer.from_dict(group["reg"])
+            return loaded
+
+        def restore(_: Any) -> None:
+            """The first post-hook: tensors of their own, in the dtype that was saved."""
+            ids = [i for group in loaded["param_groups"] for i in group["params"]]
+            params = [p for group in self.param_groups for p in group["params"]]
+            for i, param in zip(ids, params):
+                for key, value in loaded["state"].get(i, {}).items():
+                    if torch.is_tensor(value):
+                        self.state[param][key] = value.to("cpu" if key == "step" else param.device, copy=True)
+            for group, reg in zip(self.param_groups, live):
+                if type(reg) is type(group["reg"]) and reg is not None:
+                    vars(reg).update(vars(group["reg"]))  # a handle held by the user stays live
+                    group["reg"] = reg
+            self._forget_plans()
+
+        hooks = [
+            self.register_load_state_dict_pre_hook(read),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self._forget_plans()  # other hooks may have put tensors in
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # torch's addition: no option of ours
         for group in self.param_groups:
             for name, value in {**self.defaults, **_FLAGS}.items():
                 group.setdefault(name, value)
         self._forget_plans()
+
+
+def _plain_regularizers(_: Any, state_dict: dict[str, Any]) -> None:
+    for group in state_dict["param_groups"]:
+        if isinstance(group.get("reg"), Regularizer):
+            group["reg"] = group["reg"].to_dict()
 
 
 def check_lr(owner: str, lr: Any) -> None:
