@@ -117,6 +117,10 @@ class SparseOptimizer(torch.optim.Optimizer):
         if torch.compiler.is_compiling():
             traced_step(self)
             return loss
+        if not self.state and self._only_initialises():
+            for group in self.param_groups:
+                self._init_group(group)
+            return loss
         # GradScaler sets both around its call; grad_scale is None after an explicit unscale_.
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         if found_inf is not None and bool(found_inf):
@@ -128,6 +132,14 @@ class SparseOptimizer(torch.optim.Optimizer):
         for plan, group, grads in ready:
             plan.run(group, grads, -unscale if group["maximize"] else unscale)
         return loss
+
+    def _only_initialises(self) -> bool:
+        """Whether this first step has lr = 0 and zero gradients: torch.distributed.checkpoint makes one to create the
+        state that it then loads. Parameters stay as they are; prox(delta * dual) would round them."""
+        if any(float(group["lr"]) != 0 for group in self.param_groups):
+            return False
+        grads = [p.grad for group in self.param_groups for p in group["params"]]
+        return all(g is None or (g.layout is torch.strided and not g.any()) for g in grads)
 
     def _ready(self) -> list[tuple[GroupPlan, dict[str, Any], list[Tensor]]]:
         """Plans and gradients of all groups, with everything checked that can fail."""
