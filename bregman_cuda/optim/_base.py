@@ -12,13 +12,12 @@ from torch import Tensor
 from ..reference import state_dtype
 from ..regularizers import Regularizer
 from ..regularizers._base import check_number
-from . import _masks
+from . import _checkpoint, _masks
 from ._plan import Bucket, GroupPlan, slots_of
 from ._rule import Rule
 from ._traced import traced_step
 
 _layout = operator.attrgetter("layout")  # without a Python call per tensor
-_FLAGS = {"maximize": False, "fused": None, "count_nonzeros": False, "check_finite": False}
 
 
 class SparseOptimizer(torch.optim.Optimizer):
@@ -199,7 +198,7 @@ class SparseOptimizer(torch.optim.Optimizer):
     def _init_state(self, param: Tensor, group: dict[str, Any], rule: Rule) -> dict[str, Any]:
         """The parameter's state, with what the rule needs and is not there yet."""
         state: dict[str, Any] = self.state[param]
-        state.setdefault("step", torch.tensor(0.0))
+        state.setdefault("step", torch.tensor(0.0, dtype=torch.float64))  # fp32 stops at 2 ** 24
         mask, dtype, slots = state.get("mask"), state_dtype(param), slots_of(rule, param)
         if "master" not in slots:
             state.pop("master", None)  # the parameter became its own master: model.float()
@@ -297,10 +296,13 @@ class SparseOptimizer(torch.optim.Optimizer):
 
         def read(_: Any, given: dict[str, Any]) -> dict[str, Any]:
             """The last pre-hook: the dict as other hooks left it."""
+            if missing := {"state", "param_groups"} - {*given}:
+                raise KeyError(f"{type(self).__name__}: the state dict has no {', '.join(map(repr, sorted(missing)))}")
             loaded.update(given, param_groups=[dict(group) for group in given["param_groups"]])
             for group in loaded["param_groups"]:
                 if isinstance(group.get("reg"), dict):
                     group["reg"] = Regularizer.from_dict(group["reg"])
+            _checkpoint.check(self, loaded)
             return loaded
 
         def restore(_: Any) -> None:
@@ -310,10 +312,14 @@ class SparseOptimizer(torch.optim.Optimizer):
             for i, param in zip(ids, params):
                 for key, value in loaded["state"].get(i, {}).items():
                     if torch.is_tensor(value):
-                        self.state[param][key] = value.to("cpu" if key == "step" else param.device, copy=True)
+                        step = key == "step"
+                        like = {"device": "cpu", "dtype": torch.float64} if step else {"device": param.device}
+                        self.state[param][key] = value.to(**like, copy=True)
+            held: dict[int, Any] = {}  # groups that hold one regularizer may have parted in the dict
             for group, reg in zip(self.param_groups, live):
-                if type(reg) is type(group["reg"]) and reg is not None:
-                    vars(reg).update(vars(group["reg"]))  # a handle held by the user stays live
+                new = group["reg"]
+                if reg is not None and type(reg) is type(new) and held.setdefault(id(reg), new) == new:
+                    vars(reg).update(vars(new))  # a handle held by the user stays live
                     group["reg"] = reg
             self._forget_plans()
 
@@ -332,7 +338,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # torch's addition: no option of ours
         for group in self.param_groups:
-            for name, value in {**self.defaults, **_FLAGS}.items():
+            for name, value in {**self.defaults, **_checkpoint.FLAGS}.items():
                 group.setdefault(name, value)
         self._forget_plans()
 

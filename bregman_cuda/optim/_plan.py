@@ -30,7 +30,7 @@ class Bucket:
         self.rule, self.params, self.states, self.index = rule, params, states, index
         self.step = int(states[0]["step"])
         # One shared counter, new for this bucket: tensors that sit out a step keep the old one.
-        self.step_tensor = torch.tensor(float(self.step))
+        self.step_tensor = torch.tensor(float(self.step), dtype=torch.float64)
         for state in states:
             state["step"] = self.step_tensor
 

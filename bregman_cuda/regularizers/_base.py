@@ -148,9 +148,10 @@ class Regularizer:
         """
         values = dict(data)
         name = values.pop("regularizer", None)
-        if name not in Regularizer.registry:
-            raise ValueError(f"unknown regularizer {name!r}; known: {', '.join(sorted(Regularizer.registry))}")
-        return Regularizer.registry[name](**values)
+        known = {key: cls for key, cls in Regularizer.registry.items() if dataclasses.is_dataclass(cls)}
+        if name not in known:
+            raise ValueError(f"unknown regularizer {name!r}; known: {', '.join(sorted(known))}")
+        return known[name](**values)
 
     def _smooth_norms(self, x: Tensor) -> Tensor:
         # vector_norm has a zero subgradient at a zero group, where sqrt(sum) would give NaN.
