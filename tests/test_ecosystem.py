@@ -24,9 +24,9 @@ OPTIMIZERS = {
 }
 
 
-def network() -> nn.Module:
+def network(width: int = 17) -> nn.Module:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 17), nn.ReLU(), nn.Linear(17, 3))  # odd sizes: misaligned bucket views
+    model = nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 3))  # odd sizes: misaligned bucket views
     bregman_cuda.sparse_init_(model, density=0.5)
     return model
 

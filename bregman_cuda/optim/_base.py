@@ -15,6 +15,7 @@ from ..regularizers._base import check_number
 from . import _checkpoint, _masks
 from ._plan import Bucket, GroupPlan, slots_of
 from ._rule import Rule
+from ._shards import is_sharded, local, local_grads, why_groups_cross
 from ._traced import traced_step
 
 _layout = operator.attrgetter("layout")  # without a Python call per tensor
@@ -90,6 +91,8 @@ class SparseOptimizer(torch.optim.Optimizer):
                     reg.groups_of(param.shape)
                 except ValueError as error:
                     raise ValueError(f"{owner}: {self._describe(group, index)}: {error}") from None
+            if why := why_groups_cross(param, reg):
+                raise NotImplementedError(f"{owner}: {self._describe(group, index)}: {why}")
 
     def _describe(self, group: dict[str, Any], index: int) -> str:
         names = group.get("param_names")
@@ -154,6 +157,8 @@ class SparseOptimizer(torch.optim.Optimizer):
                 active = tuple(i for i, p in enumerate(params) if p.grad is not None)
             self._check_options(group)  # they may have changed since the last step
             self._check_grads(group, active, grads)
+            if self._sharded:
+                grads = local_grads([params[i] for i in active], grads)
             ready.append((self._plan(number, group, active), group, grads))
         return ready
 
@@ -186,7 +191,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         kind = (type(reg), getattr(reg, "groups", None), getattr(reg, "weight", None))
         key = (active, self._rule(group).name, kind, group["fused"])
         stepped = params if len(active) == len(params) else [params[i] for i in active]
-        pointers = [p.data_ptr() for p in stepped]
+        pointers = [local(p).data_ptr() for p in stepped] if self._sharded else [p.data_ptr() for p in stepped]
         known = self._plans.get(number)
         if known is not None and known[0] == key and known[1].pointers == pointers:
             return known[1]
@@ -206,12 +211,12 @@ class SparseOptimizer(torch.optim.Optimizer):
             known, wanted = state.get(slot), (dtype, param.shape, _strides(param))
             if known is not None and (known.dtype, known.shape, known.stride()) == wanted:
                 continue
-            wide = param.detach().to(dtype)
+            wide = local(param.detach()).to(dtype)
             value = wide if slot == "master" else rule.init_slot(slot, wide, group)
-            value = state.get(slot, value)  # same state in another dtype or memory layout: keep its values
+            value = local(state.get(slot, value))  # same state in another dtype or memory layout: keep its values
             state[slot] = torch.zeros_like(param, dtype=dtype)
             if value is not None:
-                state[slot].copy_(value)
+                local(state[slot]).copy_(value)
             if mask is not None:
                 state[slot].masked_fill_(~_masks.unpack(mask, param), 0)
         return state
@@ -239,9 +244,12 @@ class SparseOptimizer(torch.optim.Optimizer):
         Raises:
             KeyError: not a parameter of this optimizer.
             TypeError, ValueError: not bool, or another shape.
+            NotImplementedError: a sharded parameter (DTensor).
         """
         if not any(param is p for group in self.param_groups for p in group["params"]):
             raise KeyError("set_mask: not a parameter of this optimizer")
+        if is_sharded(param):
+            raise NotImplementedError("set_mask: masks of sharded parameters (DTensor) are not supported yet")
         state = self.state[param]
         if mask is None:
             state.pop("mask", None)
@@ -280,6 +288,7 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     def _forget_plans(self) -> None:
         self._plans = {}
+        self._sharded = any(is_sharded(p) for group in self.param_groups for p in group["params"])
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch, with regularizers as plain data, so that `torch.load(weights_only=True)` reads it."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import _backend, reference
 from ._masks import in_memory_order, unpack
 from ._rule import Rule
+from ._shards import local
 
 if TYPE_CHECKING:
     from ._base import SparseOptimizer
@@ -55,9 +56,9 @@ class ReferenceBucket(Bucket):
     def run(self, group: dict[str, Any], grads: list[Tensor], grad_scale: float) -> None:
         h, reg = self.rule.hyper(group, self.advance()), group["reg"]
         for param, grad, state in zip(self.params, grads, self.states):
-            mask = state.get("mask")
-            mask = None if mask is None else unpack(mask, param)
-            reference.step_(self.rule, reg, h, param, grad, state, mask, grad_scale)
+            mask = unpack(state["mask"], param) if "mask" in state else None
+            parts = {slot: local(value) for slot, value in state.items()}
+            reference.step_(self.rule, reg, h, param, grad, parts, mask, grad_scale)
         count = group["count_nonzeros"]
         self.counted = [(p, *reference.count_nonzeros(p, reg)) for p in self.params] if count else None
 
@@ -80,7 +81,7 @@ class FusedBucket(Bucket):
         super().__init__(rule, params, states, index)
         self.kernels = kernels
         self.slots = slots_of(rule, params[0])
-        flat_state = [state[slot] for state in states for slot in self.slots]
+        flat_state = [local(state[slot]) for state in states for slot in self.slots]
         none = torch.empty(0, dtype=torch.uint8, device=params[0].device)
         masks = [in_memory_order(s["mask"], p) if "mask" in s else none for s, p in zip(states, params)]
         self.plan = kernels.plan(
@@ -143,19 +144,19 @@ class GroupPlan:
     def __init__(self, optimizer: SparseOptimizer, group: dict[str, Any], active: Sequence[int]):
         rule, reg = optimizer._rule(group), group["reg"]
         params: list[Tensor] = group["params"]
-        self.pointers = [params[i].data_ptr() for i in active]
+        self.pointers = [local(params[i]).data_ptr() for i in active]
         self.buckets: list[Bucket] = []
         split: dict[tuple[Any, ...], list[int]] = {}
         for position, i in enumerate(active):
             state = optimizer._init_state(params[i], group, rule)
-            kernels, why = _backend.kernels_for(params[i], group["fused"], rule, reg)
+            kernels, why = _backend.kernels_for(local(params[i]), group["fused"], rule, reg)
             if group["fused"] and kernels is None:
                 raise RuntimeError(f"fused=True, but {optimizer._describe(group, i)} cannot use kernels: {why}")
             key = (params[i].device, params[i].dtype, int(state["step"]), kernels)
             split.setdefault(key, []).append(position)
         for (*_, kernels), positions in split.items():
-            chosen = [params[active[k]] for k in positions]
-            states = [optimizer.state[p] for p in chosen]
+            states = [optimizer.state[params[active[k]]] for k in positions]
+            chosen = [local(params[active[k]]) for k in positions]
             if kernels is None:
                 self.buckets.append(ReferenceBucket(rule, chosen, states, positions))
             else:

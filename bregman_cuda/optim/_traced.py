@@ -71,10 +71,12 @@ def traced_step(optimizer: SparseOptimizer) -> None:
 
     Raises:
         RuntimeError: fused=False, which has nothing to gain; check_finite, or a GradScaler, whose decisions from the
-            values of gradients cannot be compiled in.
+            values of gradients cannot be compiled in; sharded parameters.
     """
     if getattr(optimizer, "found_inf", None) is not None or getattr(optimizer, "grad_scale", None) is not None:
         raise RuntimeError("a compiled step cannot skip on overflow: call scaler.step(optimizer) outside torch.compile")
+    if optimizer._sharded:
+        raise RuntimeError("a compiled step does not take sharded parameters (DTensor): step outside torch.compile")
     for group in optimizer.param_groups:
         if group["fused"] is False:
             raise RuntimeError("a compiled step runs kernels: leave fused at None, or step outside torch.compile")

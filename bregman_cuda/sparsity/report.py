@@ -189,7 +189,8 @@ def _read(counts: Sequence[Tensor]) -> dict[int, int]:
         by_device.setdefault(count.device, []).append(count)
     values: dict[int, int] = {}
     for tensors in by_device.values():
-        read = torch.stack([tensor.long() for tensor in tensors]).tolist()
+        whole = [tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for tensor in tensors]  # DTensors
+        read = torch.stack([tensor.long() for tensor in whole]).tolist()
         values.update(zip(map(id, tensors), read, strict=True))
     return values
 
