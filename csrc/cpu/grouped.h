@@ -276,7 +276,7 @@ struct Groups {
     sum_rows(sums, row, count, totals);
     radial_factors(totals, count, scale, k.radial, factor);
     spread(factor, row, count, spread_factor);
-    const int64_t left = rows == 1 ? t.numel - base - columns : row_stride - base % row_stride - columns;
+    const int64_t left = rows == 1 ? 0 : row_stride - base % row_stride - columns;
     const int64_t next = left < columns ? left : columns;
     const int32_t nonzeros = finish(base, columns, ColumnFactors<C>{spread_factor}, next);
     if (alive != nullptr)
@@ -295,7 +295,9 @@ struct Groups {
 template <class Rule, class Elementwise, class T>
 void run_grouped(const PlanView& plan, const Item& item, const void* grad, const StepArgs& args, int32_t* counts) {
   constexpr int64_t kBatch = 2048;  // contiguous elements at a time: all scratch stays in L1
+  constexpr int64_t kWhole = 16;    // a batch of so many groups ends with a memory line, if it begins with one
   constexpr int64_t kLong = 64;     // from here on a group is its own loop
+  static_assert(kBatch / kLong >= kWhole);
   const TensorRecord& t = plan.records()[item.tensor];
   const GroupLayout& g = t.layout;
   Groups<Rule, Elementwise, T> groups(plan, t, grad, args);
@@ -307,7 +309,7 @@ void run_grouped(const PlanView& plan, const Item& item, const void* grad, const
   if (groups.rows == 1 && g.r2 >= kLong) {
     count = groups.run_long(base, item.count, count_alive);
   } else {
-    const int64_t batch = groups.rows > 1 ? item.count : kBatch / g.r2;
+    const int64_t batch = groups.rows > 1 ? item.count : kBatch / g.r2 / kWhole * kWhole;
     for (int64_t m = 0; m < item.count; m += batch)
       count += groups.run_columns(base + m * g.r2, item.count - m < batch ? item.count - m : batch, count_alive);
   }
