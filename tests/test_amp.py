@@ -215,11 +215,25 @@ def test_state_follows_the_parameters_dtype(rule, fused):
     assert state["step"] == 3
 
 
-def test_a_gradient_of_another_dtype_changes_nothing():
+@pytest.mark.parametrize("change", [lambda t: t.bfloat16(), lambda t: torch.zeros(5)])
+def test_a_gradient_that_does_not_fit_changes_nothing(change):
     first, second = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
     optimizer = LinBreg([{"params": [first]}, {"params": [second]}], lr=1.0, fused=True)
     first.grad, second.grad = torch.ones(3), torch.ones(3)
-    second.data = second.data.bfloat16()
-    with pytest.raises(RuntimeError, match=r"dtype torch.bfloat16, its gradient torch.float32"):
+    second.data = change(second.data)
+    with pytest.raises(RuntimeError, match=r"its gradient torch\.float32 and .*they must agree"):
         optimizer.step()
     assert first.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_an_error_under_the_scaler_leaves_no_scale_behind():
+    p = nn.Parameter(torch.ones(4))
+    optimizer, scaler = LinBreg([p], lr=0.1), GradScaler("cpu", init_scale=8.0)
+    backward(scaler, [p], [torch.ones(4)])
+    optimizer.param_groups[0]["lr"] = -1.0
+    with pytest.raises(ValueError, match="lr"):
+        scaler.step(optimizer)
+    optimizer.param_groups[0]["lr"] = 0.5
+    p.grad = torch.ones(4)
+    optimizer.step()
+    assert p.tolist() == [0.5] * 4

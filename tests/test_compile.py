@@ -98,6 +98,25 @@ def test_a_whole_training_step(backend):
     assert losses[True] == pytest.approx(losses[False], rel=1e-4)
 
 
+@pytest.mark.parametrize("order", ["cc", "ecec", "ceec", "cecece"])
+def test_groups_and_counters_in_and_out_of_compilation(order):
+    """Every group counts, whichever way its steps were taken, and the density is that of the last one."""
+    ends = []
+    for taken in (order, "e" * len(order)):
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(5)) for _ in range(3)]
+        groups = [{"params": params[:1]}, {"params": params[1:2], "reg": L1(0.5)}, {"params": params[2:]}]
+        optimizer = AdaBreg(groups, lr=torch.tensor([0.3]), reg=L1(0.1), count_nonzeros=True)
+        step = torch.compile(optimizer.step, fullgraph=True, backend="aot_eager")
+        for number, how in enumerate(taken):
+            set_gradients(params, number)
+            step() if how == "c" else optimizer.step()
+            assert [float(optimizer.state[p]["step"]) for p in params] == [number + 1.0] * 3
+            assert optimizer.density().nonzeros == sum(int((p != 0).sum()) for p in params)
+        ends.append((params, optimizer))
+    assert_same(*ends)
+
+
 def test_a_tensor_lr_changes_without_recompilation():
     p, q = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
     compiled, eager = (ProxSGD([t], lr=torch.tensor(0.5)) for t in (p, q))
@@ -115,6 +134,10 @@ def test_a_tensor_lr_changes_without_recompilation():
 
 def test_what_cannot_be_compiled_says_so():
     p = nn.Parameter(torch.ones(4))
+    optimizer = LinBreg([p])
+    p.grad, optimizer.param_groups[0]["lr"] = torch.ones(4), -5.0
+    with pytest.raises(Exception, match="lr must be finite"):
+        torch.compile(optimizer.step, fullgraph=True, backend="aot_eager")()
     cases = (
         ({"fused": False}, "leave fused at None"),
         ({"check_finite": True}, "check_finite=False"),

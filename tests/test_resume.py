@@ -198,6 +198,8 @@ BAD = {  # name: (the optimizer that loads, what, what the error names)
     "no state": ("linbreg", ["linbreg", SHAPES, 2, ("state",)], "state"),
     "no lr": ("linbreg", ["linbreg", SHAPES, 2, (*GROUP, "lr")], "lr"),
     "no step": ("linbreg", ["linbreg", SHAPES, 2, (*STATE, "step")], "step"),
+    "steps": ("adabreg", ["adabreg", SHAPES, 2, (*STATE, "step"), torch.zeros(3)], "step must be a number"),
+    "negative step": ("adabreg", ["adabreg", SHAPES, 2, (*STATE, "step"), -1.0], "step must be.*-1"),
     "no dual": ("linbreg", ["linbreg", SHAPES, 2, (*STATE, "dual")], "dual"),
     "short mask": ("linbreg", ["linbreg", SHAPES, 2, (*STATE, "mask"), torch.ones(8).byte()], r"mask.*8\b"),
     "bool mask": ("linbreg", ["linbreg", SHAPES, 2, (*STATE, "mask"), torch.ones(4, 3, 3, 3) > 0], "mask.*bool"),

@@ -119,21 +119,28 @@ class SparseOptimizer(torch.optim.Optimizer):
         if torch.compiler.is_compiling():
             traced_step(self)
             return loss
+        try:
+            self._step()
+        except Exception:
+            for name in ("found_inf", "grad_scale"):  # GradScaler takes them away after a success only
+                vars(self).pop(name, None)
+            raise
+        return loss
+
+    def _step(self) -> None:
         if not self.state and self._only_initialises():
-            for group in self.param_groups:
-                self._init_group(group)
-            return loss
+            self._init_group()
+            return
         # GradScaler sets both around its call; grad_scale is None after an explicit unscale_.
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         if found_inf is not None and bool(found_inf):
-            return loss
+            return
         unscale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
         ready = self._ready()
         if sum(len(plan.buckets) for plan, _, _ in ready) > 1:  # a single bucket checks before it changes anything
-            self._check_dtypes(ready)
+            self._check_against_params(ready)
         for plan, group, grads in ready:
             plan.run(group, grads, -unscale if group["maximize"] else unscale)
-        return loss
 
     def _only_initialises(self) -> bool:
         """Whether this first step has lr = 0 and zero gradients: torch.distributed.checkpoint makes one to create the
@@ -175,14 +182,15 @@ class SparseOptimizer(torch.optim.Optimizer):
                     name = self._describe(group, i)
                     raise FloatingPointError(f"the gradient of {name} has NaN or Inf; nothing was changed")
 
-    def _check_dtypes(self, ready: list[tuple[GroupPlan, dict[str, Any], list[Tensor]]]) -> None:
+    def _check_against_params(self, ready: list[tuple[GroupPlan, dict[str, Any], list[Tensor]]]) -> None:
         for plan, _, grads in ready:
             for bucket in plan.buckets:
                 for position, param in zip(bucket.index, bucket.params):
-                    if grads[position].dtype != param.dtype:
+                    grad = grads[position]
+                    if (grad.dtype, grad.shape) != (param.dtype, param.shape):
                         raise RuntimeError(
-                            f"{type(self).__name__}: a parameter of shape {tuple(param.shape)} has dtype "
-                            f"{param.dtype}, its gradient {grads[position].dtype}; they must agree"
+                            f"{type(self).__name__}: a parameter has dtype {param.dtype} and shape "
+                            f"{tuple(param.shape)}, its gradient {grad.dtype} and {tuple(grad.shape)}; they must agree"
                         )
 
     def _plan(self, number: int, group: dict[str, Any], active: Any) -> GroupPlan:
@@ -193,7 +201,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         stepped = params if len(active) == len(params) else [params[i] for i in active]
         pointers = [local(p).data_ptr() for p in stepped] if self._sharded else [p.data_ptr() for p in stepped]
         known = self._plans.get(number)
-        if known is not None and known[0] == key and known[1].pointers == pointers:
+        if known is not None and known[0] == key and known[1].pointers == pointers and known[1].is_current():
             return known[1]
         self._check(group)
         plan = GroupPlan(self, group, active)
@@ -221,16 +229,18 @@ class SparseOptimizer(torch.optim.Optimizer):
                 state[slot].masked_fill_(~_masks.unpack(mask, param), 0)
         return state
 
-    def _init_group(self, group: dict[str, Any]) -> None:
-        """State of all parameters with a gradient. torch.compile runs a method of this name while it traces a step,
-        not as part of it."""
-        rule = self._rule(group)
-        counters: dict[Any, Tensor] = {}
-        for param in group["params"]:
-            if param.grad is not None:
-                state = self._init_state(param, group, rule)
-                bucket = (param.device, param.dtype, float(state["step"]))
-                state["step"] = counters.setdefault(bucket, state["step"].clone())
+    def _init_group(self) -> None:
+        """State of all parameters with a gradient, and the checks of a step. torch.compile runs a method of this name
+        while it traces a step, not as part of it; once, or it would lose the counters of the first groups."""
+        for group in self.param_groups:
+            self._check(group)
+            rule = self._rule(group)
+            counters: dict[Any, Tensor] = {}
+            for param in group["params"]:
+                if param.grad is not None:
+                    state = self._init_state(param, group, rule)
+                    step = state["step"].to("cpu", torch.float64, copy=True)
+                    state["step"] = counters.setdefault((param.device, param.dtype, float(step)), step)
 
     @torch.no_grad()
     def set_mask(self, param: Tensor, mask: Tensor | None) -> None:
@@ -283,7 +293,7 @@ class SparseOptimizer(torch.optim.Optimizer):
     def _buckets(self) -> Iterator[tuple[dict[str, Any], Bucket]]:
         """The buckets of the current plans, each with its parameter group."""
         for number, (_, plan) in self._plans.items():
-            for bucket in plan.buckets:
+            for bucket in plan.buckets if plan.is_current() else ():
                 yield self.param_groups[number], bucket
 
     def _forget_plans(self) -> None:
@@ -320,10 +330,10 @@ class SparseOptimizer(torch.optim.Optimizer):
             params = [p for group in self.param_groups for p in group["params"]]
             for i, param in zip(ids, params):
                 for key, value in loaded["state"].get(i, {}).items():
-                    if torch.is_tensor(value):
-                        step = key == "step"
-                        like = {"device": "cpu", "dtype": torch.float64} if step else {"device": param.device}
-                        self.state[param][key] = value.to(**like, copy=True)
+                    if key == "step":
+                        self.state[param][key] = torch.tensor(float(value), dtype=torch.float64)
+                    else:
+                        self.state[param][key] = value.to(param.device, copy=True)
             held: dict[int, Any] = {}  # groups that hold one regularizer may have parted in the dict
             for group, reg in zip(self.param_groups, live):
                 new = group["reg"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,6 +67,9 @@ def _check_state(where: str, rule: Rule, param: Tensor, saved: dict[str, Any]) -
             raise KeyError(f"{where} has no {', '.join(map(repr, sorted(missing)))}")
     for key, value in saved.items():
         if key == "step":
+            number = value.item() if torch.is_tensor(value) and value.numel() == 1 else value
+            if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number < math.inf:
+                raise ValueError(f"{where}: step must be a number >= 0, got {value!r}")
             continue
         if not torch.is_tensor(value):
             raise TypeError(f"{where}: {key} must be a tensor, got {value!r}")
@@ -75,6 +79,11 @@ def _check_state(where: str, rule: Rule, param: Tensor, saved: dict[str, Any]) -
                     f"{where}: the packed mask must be torch.uint8 of shape ({packed_size(param)},), "
                     f"got {value.dtype} of shape {tuple(value.shape)}"
                 )
+        elif getattr(value, "placements", None) != getattr(param, "placements", None):
+            raise ValueError(
+                f"{where}: {key} is sharded as {getattr(value, 'placements', 'a whole')}, the parameter as "
+                f"{getattr(param, 'placements', 'a whole')}; load through torch.distributed.checkpoint"
+            )
         elif value.shape != param.shape:
             raise ValueError(f"{where}: {key} has shape {tuple(value.shape)}, the parameter {tuple(param.shape)}")
         elif not value.is_floating_point():

@@ -162,6 +162,10 @@ class GroupPlan:
             else:
                 self.buckets.append(FusedBucket(kernels, reg, rule, chosen, states, positions))
 
+    def is_current(self) -> bool:
+        """Whether the counters are where this plan left them: a compiled step moves them on without it."""
+        return all(b.states[0]["step"] is b.step_tensor and int(b.step_tensor) == b.step for b in self.buckets)
+
     def run(self, group: dict[str, Any], grads: list[Tensor], grad_scale: float) -> None:
         if len(self.buckets) == 1:
             self.buckets[0].run(group, grads, grad_scale)

@@ -14,7 +14,7 @@ Hyper = dict[str, float]
 def number(value: float | Tensor) -> Any:
     """A hyper-parameter as a float; a tensor stays one inside torch.compile, which cannot read it."""
     if torch.is_tensor(value) and torch.compiler.is_compiling():
-        return value.double()
+        return value.double().reshape(())
     return float(value)
 
 

@@ -41,9 +41,10 @@ def why_groups_cross(param: Any, reg: Any) -> str:
         return ""
     dims = reg.groups_of(param.shape)
     for placement in param.placements:
-        if placement.is_shard() and placement.dim % param.ndim not in dims:
+        dim = getattr(placement, "dim", None)  # of Shard and its relatives, which is_shard() does not all know
+        if dim is not None and dim % param.ndim not in dims:
             return (
-                f"it is sharded along dim {placement.dim}, which cuts its groups (dims {dims} identify one); "
+                f"it is sharded along dim {dim}, which cuts its groups (dims {dims} identify one); "
                 f'use groups along that dim, such as groups="out" for dim 0, or an elementwise regularizer'
             )
     return ""

@@ -84,7 +84,8 @@ def traced_step(optimizer: SparseOptimizer) -> None:
             raise RuntimeError(
                 "a compiled step cannot raise for NaN: set check_finite=False, or step outside torch.compile"
             )
-        optimizer._init_group(group)
+    optimizer._init_group()
+    for group in optimizer.param_groups:
         rule = optimizer._rule(group)
         buckets: list[list[tuple[Tensor, dict[str, Any]]]] = []
         for param in group["params"]:
@@ -100,7 +101,6 @@ def traced_step(optimizer: SparseOptimizer) -> None:
                 buckets.append([(param, state)])
         for bucket in buckets:
             _step(group, rule, [param for param, _ in bucket], [state for _, state in bucket])
-    optimizer._forget_plans()
 
 
 def _step(group: dict[str, Any], rule: Rule, params: list[Tensor], states: list[dict[str, Any]]) -> None:
