@@ -1,0 +1,47 @@
+"""A small model, its gradients, and what an optimizer must not have changed."""
+
+from __future__ import annotations
+
+import copy
+
+import registry
+import torch
+from harness import same_bits
+
+SHAPES = [(6, 5), (4, 3, 3, 3), (7, 2)]
+
+
+def model(shapes=SHAPES, dtype=torch.float32, seed: int = 0) -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(registry.values(s, dtype, generator, 0.3)) for s in shapes]
+
+
+def set_grads(params, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+
+
+def train(optimizer, params, steps: int, begin: int = 0) -> None:
+    for i in range(begin, begin + steps):
+        set_grads(params, i)
+        optimizer.step()
+
+
+def snapshot(optimizer) -> list:
+    """Bits of every parameter and state tensor, and all options."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {
+        (i, k): v.clone() for i, p in enumerate(params) for k, v in optimizer.state.get(p, {}).items() if k != "step"
+    }
+    options = [{k: copy.deepcopy(v) for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    return [[p.detach().clone() for p in params], state, options]
+
+
+def assert_unchanged(optimizer, before: list) -> None:
+    """Nothing the optimizer had has changed; state may have been created, at its initial value."""
+    now = snapshot(optimizer)
+    assert all(map(same_bits, now[0], before[0])), "a parameter changed"
+    assert before[1].keys() <= now[1].keys()
+    assert all(same_bits(now[1][key], value) for key, value in before[1].items()), "a state tensor changed"
+    assert repr(now[2]) == repr(before[2]), "an option changed"

@@ -1,0 +1,179 @@
+"""Bad options, parameters and gradients: an error that names them, and nothing changed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from small import assert_unchanged, model, set_grads, snapshot, train
+
+from bregman_cuda import L1, AdaBreg, GroupLasso, LinBreg, ProxSGD, _backend
+from bregman_cuda.regularizers import Separable
+
+# Bad input
+
+
+BAD_OPTIONS = [
+    (LinBreg, {"lr": -0.1}, ValueError, r"LinBreg: lr must be finite and >= 0, got -0.1"),
+    (LinBreg, {"lr": math.nan}, ValueError, r"lr must be .*got nan"),
+    (LinBreg, {"lr": math.inf}, ValueError, r"lr must be .*got inf"),
+    (LinBreg, {"lr": "0.1"}, TypeError, r"lr must be a number, got '0.1'"),
+    (LinBreg, {"lr": torch.tensor(-1.0)}, ValueError, r"lr must be .*got -1"),
+    (LinBreg, {"lr": torch.ones(2)}, ValueError, r"a tensor lr must have one element, got shape \(2,\)"),
+    (LinBreg, {"delta": 0.0}, ValueError, r"delta must be > 0, got 0.0"),
+    (LinBreg, {"delta": -1.0}, ValueError, r"delta must be .*got -1"),
+    (AdaBreg, {"delta": math.nan}, ValueError, r"AdaBreg: delta must be .*got nan"),
+    (LinBreg, {"momentum": 1.0}, ValueError, r"momentum must be < 1, got 1.0"),
+    (LinBreg, {"momentum": -0.5}, ValueError, r"momentum must be .*got -0.5"),
+    (ProxSGD, {"momentum": math.nan}, ValueError, r"ProxSGD: momentum must be .*got nan"),
+    (LinBreg, {"momentum_style": "nesterov"}, ValueError, r"momentum_style must be 'paper' or 'torch', got 'nesterov'"),
+    (AdaBreg, {"betas": (0.9, 1.0)}, ValueError, r"betas\[1\] must be < 1, got 1.0"),
+    (AdaBreg, {"betas": (-0.1, 0.9)}, ValueError, r"betas\[0\] must be .*got -0.1"),
+    (AdaBreg, {"betas": 0.9}, ValueError, r"betas must be a pair, got 0.9"),
+    (AdaBreg, {"eps": -1e-8}, ValueError, r"eps must be .*got -1e-08"),
+    (LinBreg, {"reg": "l1"}, TypeError, r"reg must be None or a regularizer such as bregman_cuda.L1.*got 'l1'"),
+    (LinBreg, {"reg": L1}, TypeError, r"reg must be None or a regularizer"),
+    (LinBreg, {"fused": "yes"}, ValueError, r"fused must be True, False or None, got 'yes'"),
+    (
+        LinBreg,
+        {"reg": GroupLasso(0.1, "kernel"), "params": [torch.ones(3)]},
+        ValueError,
+        r"parameter 0 of shape \(3,\).*does not fit",
+    ),
+]
+
+
+@pytest.mark.parametrize(("optimizer", "options", "error", "message"), BAD_OPTIONS, ids=lambda v: str(v)[:40])
+def test_bad_options_are_refused_when_made_and_when_added(optimizer, options, error, message):
+    options = dict(options)
+    params = options.pop("params", [torch.nn.Parameter(torch.ones(2, 2))])
+    with pytest.raises(error, match=message):
+        optimizer(params, **options)
+    good = optimizer([torch.nn.Parameter(torch.ones(2))])
+    before = snapshot(good)
+    with pytest.raises(error, match=message):
+        good.add_param_group({"params": params, **options})
+    assert len(good.param_groups) == 1
+    assert_unchanged(good, before)
+
+
+@pytest.mark.parametrize(("optimizer", "options", "error", "message"), BAD_OPTIONS, ids=lambda v: str(v)[:40])
+def test_bad_options_set_between_steps_are_refused_before_anything_changes(driver, optimizer, options, error, message):
+    options = dict(options)
+    shape = (3,) if options.pop("params", None) else (2, 2)
+    params = model([(5,), shape])
+    made = optimizer([{"params": params[:1]}, {"params": params[1:]}], fused=driver.fused)
+    train(made, params, 2)
+    made.param_groups[1].update(options)
+    set_grads(params, 5)
+    before = snapshot(made)
+    with pytest.raises(error, match=message.replace("parameter 0", "parameter .")):
+        made.step()
+    assert_unchanged(made, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, torch.bool, torch.float8_e4m3fn], ids=str)
+def test_parameters_that_cannot_be_trained_are_refused(dtype):
+    bad = torch.ones(2).to(dtype)
+    if dtype == torch.complex64:
+        bad.requires_grad_()
+    with pytest.raises(TypeError, match=rf"LinBreg: parameter 'scale' has (unsupported )?dtype {dtype}"):
+        LinBreg([("ok", torch.ones(1)), ("scale", bad)])
+
+
+def sparse_like(p: torch.Tensor) -> torch.Tensor:
+    return torch.ones_like(p).to_sparse()
+
+
+def nan_like(p: torch.Tensor) -> torch.Tensor:
+    grad = torch.zeros_like(p)
+    grad.view(-1)[-1] = torch.nan
+    return grad
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["first step", "later step"])
+@pytest.mark.parametrize(("bad", "error", "message"), [
+    (sparse_like, RuntimeError, r"LinBreg does not support sparse gradients: parameter 'emb'; use sparse=False"),
+    (nan_like, FloatingPointError, r"gradient of parameter 'emb' has NaN or Inf; nothing was changed"),
+])  # fmt: skip
+def test_a_bad_gradient_in_the_last_group_changes_nothing_in_the_first(driver, warm, bad, error, message):
+    params = model([(4, 3), (5,), (6, 2)])
+    groups = [{"params": [("w", params[0]), ("b", params[1])], "reg": L1(0.1)}, {"params": [("emb", params[2])]}]
+    optimizer = LinBreg(groups, fused=driver.fused, check_finite=True)
+    if warm:
+        train(optimizer, params, 2)
+    set_grads(params, 7)
+    good = params[2].grad
+    params[2].grad = bad(params[2])
+    before = snapshot(optimizer)
+    with pytest.raises(error, match=message):
+        optimizer.step()
+    assert_unchanged(optimizer, before)
+    params[2].grad = good  # and it goes on as if nothing had happened
+    optimizer.step()
+    twins = model([(4, 3), (5,), (6, 2)])
+    twin = LinBreg([{"params": twins[:2], "reg": L1(0.1)}, {"params": twins[2:]}], fused=driver.fused)
+    if warm:
+        train(twin, twins, 2)
+    set_grads(twins, 7)
+    twin.step()
+    assert all(map(torch.equal, params, twins))
+
+
+def test_infinity_is_not_finite_and_without_the_check_it_goes_through(driver):
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer = LinBreg([p], fused=driver.fused, check_finite=True)
+    p.grad = torch.tensor([math.inf, 0.0])
+    with pytest.raises(FloatingPointError, match=r"parameter 0 of shape \(2,\)"):
+        optimizer.step()
+    optimizer.param_groups[0]["check_finite"] = False
+    optimizer.step()
+    assert p.tolist() == [-math.inf, 1.0]
+
+
+def test_fused_true_without_kernels_names_the_parameter_and_the_reason(monkeypatch):
+    monkeypatch.setattr(_backend, "_load", lambda device: (None, "it was not compiled"))
+    _backend._warn_once.cache_clear()
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    with pytest.raises(RuntimeError, match=r"fused=True, but parameter 'w' cannot use kernels: it was not compiled"):
+        LinBreg([("w", p)], fused=True).step()
+    assert p.tolist() == [1.0, 1.0, 1.0]
+    with pytest.warns(UserWarning, match=r"no compiled cpu kernels \(it was not compiled\); using the slower"):
+        LinBreg([p], lr=1.0, fused=None).step()
+    assert p.tolist() == [0.0, 0.0, 0.0]
+
+
+@dataclass
+class Foreign(Separable):
+    """A penalty without a kernel."""
+
+    kernel = "foreign"
+
+    def parameters(self):
+        return {}
+
+    def _scalar_prox(self, x, scale):
+        return x * 0.5
+
+    def _slope(self, x):
+        return torch.zeros_like(x)
+
+
+def test_a_penalty_without_a_kernel_uses_the_reference(kernel_driver):
+    """Also when it comes between two steps, in the second of two groups."""
+    for first in (Foreign(), L1(0.1)):
+        params = model([(4,), (5,)])
+        optimizer = LinBreg([{"params": params[:1]}, {"params": params[1:], "reg": first}], lr=0.0, fused=None)
+        train(optimizer, params, 1)
+        optimizer.param_groups[1]["reg"] = Foreign()
+        dual = optimizer.state[params[1]]["dual"].clone()
+        train(optimizer, params, 1)
+        assert torch.equal(params[1], dual * 0.5)
+        optimizer.param_groups[1]["fused"] = True
+        before = snapshot(optimizer)
+        with pytest.raises(RuntimeError, match="penalty 'foreign' is not compiled in"):
+            optimizer.step()
+        assert_unchanged(optimizer, before)
