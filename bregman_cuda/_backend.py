@@ -17,7 +17,25 @@ if TYPE_CHECKING:
     from .optim._rule import Hyper, Rule
 
 _HERE = Path(__file__).parent
-PENALTY_PARAMETERS = 2  # scalars that a penalty may have in the kernels
+_PENALTY_PARAMETERS = 2  # scalars that a penalty may have in the kernels
+
+
+def penalty_names(reg: Any) -> list[str]:
+    """The kernels' names of a regularizer's penalties, on elements and on group norms."""
+    return ["none" if penalty is None else penalty.kernel for penalty in _penalties(reg)]
+
+
+def step_scalars(reg: Any, h: Hyper, grad_scale: float) -> list[Any]:
+    """All scalars of a step in the kernels' order: that of the rule's `hyper` and the penalties' `parameters`."""
+    scalars = [grad_scale, *h.values()]
+    for penalty in _penalties(reg):
+        own = [] if penalty is None else list(penalty.parameters().values())
+        scalars += own + [0.0] * (_PENALTY_PARAMETERS - len(own))
+    return scalars
+
+
+def _penalties(reg: Any) -> tuple[Any, Any]:
+    return (None, None) if reg is None else (reg.elementwise, reg.radial)
 
 
 class Kernels:
@@ -41,25 +59,14 @@ class Kernels:
 
     def encode(self, rule: Rule, reg: Any, h: Hyper, grad_scale: float) -> tuple[list[int], list[float]]:
         """Which rule and penalties run, and all scalars of the step in the kernels' order."""
-        rule_id, _, names = self.rules[rule.name]
-        kinds, scalars = [rule_id], [grad_scale, *[h[name] for name in names]]
-        for penalty in (None, None) if reg is None else (reg.elementwise, reg.radial):
-            values: list[float] = []
-            if penalty is None:
-                kinds.append(self.penalties["none"][0])
-            else:
-                kind, parameter_names = self.penalties[penalty.kernel]
-                kinds.append(kind)
-                given = penalty.parameters()
-                values = [given[name] for name in parameter_names]
-            scalars += values + [0.0] * (PENALTY_PARAMETERS - len(values))
-        return kinds, scalars
+        kinds = [self.rule_id(rule), *[self.penalties[name][0] for name in penalty_names(reg)]]
+        return kinds, step_scalars(reg, h, grad_scale)
 
     def serves(self, param: Tensor, rule: Rule, reg: Any) -> str:
         """Empty, or why the reference has to step this parameter."""
         if rule.name not in self.rules:
             return f"rule {rule.name!r} is not compiled in"
-        for penalty in () if reg is None else (reg.elementwise, reg.radial):
+        for penalty in _penalties(reg):
             if penalty is not None and penalty.kernel not in self.penalties:
                 return f"penalty {penalty.kernel!r} is not compiled in"
         from .optim._plan import group_bits

@@ -89,7 +89,7 @@ class FusedBucket(Bucket):
             flat_state,
             masks,
             [group_bits(reg, p) for p in params],
-            [1.0 if reg is None or not p.numel() else reg.group_weight(p.shape) for p in params],
+            [group_weight(reg, p) for p in params],
             kernels.rule_id(rule),
         )
         self.kept = (flat_state, masks)  # the plan holds their addresses
@@ -136,6 +136,11 @@ def group_bits(reg: Any, param: Tensor) -> int:
     if reg is None or reg.radial is None:
         return -1
     return sum(1 << d for d in reg.groups_of(param.shape))
+
+
+def group_weight(reg: Any, param: Tensor) -> float:
+    """The weight of each of a parameter's groups."""
+    return 1.0 if reg is None or not param.numel() else float(reg.group_weight(param.shape))
 
 
 class GroupPlan:

@@ -22,7 +22,8 @@ class Rule:
     """One update rule: gradient and state -> pre-prox point z -> (the driver applies the prox) -> new parameter.
 
     The twin of a functor in csrc/math/rules, with the same names and the same operations in the same order, so that
-    reference and kernels agree bit for bit. A rule knows no regularizer, no mask and no device.
+    reference and kernels agree bit for bit; `point` is the functor's update and point in one. A rule knows no
+    regularizer, no mask and no device.
     """
 
     name: str

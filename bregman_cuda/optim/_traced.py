@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import _backend
 from ._masks import in_memory_order
-from ._plan import group_bits, slots_of
+from ._plan import group_bits, group_weight, slots_of
 from ._rule import Rule
 
 if TYPE_CHECKING:
@@ -106,15 +106,9 @@ def traced_step(optimizer: SparseOptimizer) -> None:
 def _step(group: dict[str, Any], rule: Rule, params: list[Tensor], states: list[dict[str, Any]]) -> None:
     reg = group["reg"]
     grads: Any = [p.grad for p in params]
-    grad_scale = -1.0 if group["maximize"] else 1.0
     step = states[0]["step"]
     step += 1
-    h = rule.hyper(group, step.double())
-    penalties = (None, None) if reg is None else (reg.elementwise, reg.radial)
-    values = [grad_scale, *h.values()]
-    for penalty in penalties:
-        own = [] if penalty is None else list(penalty.parameters().values())
-        values += own + [0.0] * (_backend.PENALTY_PARAMETERS - len(own))
+    values = _backend.step_scalars(reg, rule.hyper(group, step.double()), -1.0 if group["maximize"] else 1.0)
     none = torch.empty(0, dtype=torch.uint8, device=params[0].device)
     fused_step_(
         params,
@@ -122,8 +116,8 @@ def _step(group: dict[str, Any], rule: Rule, params: list[Tensor], states: list[
         [state[slot] for state in states for slot in slots_of(rule, params[0])],
         [in_memory_order(s["mask"], p) if "mask" in s else none for s, p in zip(states, params)],
         [group_bits(reg, p) for p in params],
-        [1.0 if reg is None or not p.numel() else reg.group_weight(p.shape) for p in params],
+        [group_weight(reg, p) for p in params],
         rule.name,
-        *["none" if penalty is None else penalty.kernel for penalty in penalties],
+        *_backend.penalty_names(reg),
         torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in values]),
     )
