@@ -21,6 +21,7 @@ PENALTIES: dict[str, Callable[[], Regularizer]] = {
     "l1": lambda: bc.L1(1e-3),
     "group out": lambda: bc.GroupLasso(1e-3, "out"),
     "group in": lambda: bc.GroupLasso(1e-3, "in"),
+    "group kernel": lambda: bc.GroupLasso(1e-3, "kernel"),
     "sparse-group": lambda: bc.SparseGroupLasso(1e-3, 0.5, "out"),
 }
 OURS: dict[str, Callable[..., bc.SparseOptimizer]] = {
