@@ -69,13 +69,13 @@ struct Arrays {
 // Functions of their own: inlined, GCC 12 moves parts of these loops out and does not vectorise a sixth of them.
 #define BREGMAN_LOOP __attribute__((noinline))
 
-// The prox point of one element, before any group's factor. The first visit advances the state.
-template <bool kAdvance, class Rule, class Elementwise, class T, class C, bool kMasked>
-BREGMAN_HD C prox_point(const Arrays<Rule, T>& a, int64_t i, const Scalars<Rule, C>& k, C* s, const flag_t<C>* keep,
-                        int64_t j) {
+// The point of one element before any prox. The first visit advances the state.
+template <bool kAdvance, class Rule, class T, class C, bool kMasked>
+BREGMAN_HD Point<C> point_of(const Arrays<Rule, T>& a, int64_t i, const Scalars<Rule, C>& k, C* s,
+                             const flag_t<C>* keep, int64_t j) {
   const C grad = widen(a.grad[i]) * k.grad_scale, param = a.load_param(i);
   a.load_state(i, s);
-  if constexpr (kAdvance) {
+  if constexpr (kAdvance && !Rule::kLate) {
     Rule::update(grad, param, s, k.h);
     if constexpr (kMasked)
       for (int m = 0; m < Rule::kStateSlots; ++m) s[m] = select(keep[j] != 0, s[m], C(0));
@@ -83,7 +83,29 @@ BREGMAN_HD C prox_point(const Arrays<Rule, T>& a, int64_t i, const Scalars<Rule,
   }
   Point<C> p = Rule::point(grad, param, s, k.h);
   if constexpr (kMasked) p.z = select(keep[j] != 0, p.z, C(0));
+  return p;
+}
+
+// The same with the elementwise prox, before any group's factor.
+template <bool kAdvance, class Rule, class Elementwise, class T, class C, bool kMasked>
+BREGMAN_HD C prox_point(const Arrays<Rule, T>& a, int64_t i, const Scalars<Rule, C>& k, C* s, const flag_t<C>* keep,
+                        int64_t j) {
+  const Point<C> p = point_of<kAdvance, Rule, T, C, kMasked>(a, i, k, s, keep, j);
   return Elementwise::prox(p.z, p.scale, k.elementwise);
+}
+
+// The new parameter from the prox point, stored in `to`; whether it is non-zero. `s` is the element's state.
+template <class Rule, class T, class C, bool kMasked>
+BREGMAN_HD bool finish_element(const Arrays<Rule, T>& a, const Arrays<Rule, T>& to, int64_t i,
+                               const Scalars<Rule, C>& k, C q, C* s, const flag_t<C>* keep, int64_t j) {
+  C value = bregman::finish<Rule, C>(q, widen(a.grad[i]) * k.grad_scale, a.load_param(i), s, k.h);
+  if constexpr (kMasked) value = select(keep[j] != 0, value, C(0));
+  if constexpr (Rule::kLate) {
+    if constexpr (kMasked)
+      for (int m = 0; m < Rule::kStateSlots; ++m) s[m] = select(keep[j] != 0, s[m], C(0));
+    a.store_state(i, s);
+  }
+  return to.store_param(i, value);
 }
 
 // Mask bits [offset, offset + n), n <= 64, one flag per element.

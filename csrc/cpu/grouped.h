@@ -89,9 +89,7 @@ BREGMAN_HD bool finish_point(const Arrays<Rule, T>& a, const Arrays<Rule, T>& to
                              const Scalars<Rule, C>& k, C factor, const flag_t<C>* keep, int64_t j) {
   C s[kMaxSlots];
   const C q = prox_point<false, Rule, Elementwise, T, C, kMasked>(a, i, k, s, keep, j);
-  C value = Rule::finish(q * factor, a.load_param(i), s, k.h);
-  if constexpr (kMasked) value = select(keep[j] != 0, value, C(0));
-  return to.store_param(i, value);
+  return finish_element<Rule, T, C, kMasked>(a, to, i, k, q * factor, s, keep, j);
 }
 
 // Second visit of n neighbours; returns how many are non-zero.
@@ -191,24 +189,43 @@ void spread(const C* __restrict__ factor, int64_t row, int64_t count, C* __restr
 }
 
 // Groups of one tensor: rows of contiguous columns, `row` of them per group.
-template <class Rule, class Elementwise, class T>
-struct Groups {
+template <class Rule, class T>
+struct TileOf {
   using C = compute_t<T>;
   const TensorRecord& t;
   const Scalars<Rule, C> k;
   const Arrays<Rule, T> a;
-  const C scale;
   const int64_t row, rows, inner, row_stride, r0_stride;
-  const bool stream;
   Scratch& scratch = thread_scratch();
 
-  Groups(const PlanView& plan, const TensorRecord& record, const void* grad, const StepArgs& args)
-      : t(record), k(Scalars<Rule, C>::from(args)), a(record, grad), scale(uniform_scale<Rule, C>(k.h) * C(t.weight)),
-        row(t.layout.r2), rows(t.layout.rows()), inner(t.layout.r1), row_stride(t.layout.g2 * row),
-        r0_stride(t.layout.g1 * inner * row_stride), stream(streams<Rule, T>(plan, t) && t.mask == nullptr) {}
+  TileOf(const TensorRecord& record, const void* grad, const StepArgs& args)
+      : t(record), k(Scalars<Rule, C>::from(args)), a(record, grad), row(t.layout.r2), rows(t.layout.rows()),
+        inner(t.layout.r1), row_stride(t.layout.g2 * row), r0_stride(t.layout.g1 * inner * row_stride) {}
 
   int64_t offset(int64_t base, int64_t r) const { return base + (r / inner) * r0_stride + (r % inner) * row_stride; }
   Rows all_rows() const { return {rows / inner, inner, r0_stride, row_stride}; }
+
+  bool any_nonzero(int64_t base) const {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < row; ++c)
+        if (nonzero(a.param[offset(base, r) + c])) return true;
+    return false;
+  }
+};
+
+// Those whose points are computed again on the second visit.
+template <class Rule, class Elementwise, class T>
+struct Groups : TileOf<Rule, T> {
+  using C = compute_t<T>;
+  using Base = TileOf<Rule, T>;
+  using Base::a, Base::all_rows, Base::inner, Base::k, Base::offset, Base::r0_stride, Base::row, Base::row_stride,
+      Base::rows, Base::scratch, Base::t;
+  const C scale;
+  const bool stream;
+
+  Groups(const PlanView& plan, const TensorRecord& record, const void* grad, const StepArgs& args)
+      : Base(record, grad, args), scale(uniform_scale<Rule, C>(k.h) * C(t.weight)),
+        stream(streams<Rule, T>(plan, t) && t.mask == nullptr) {}
 
   void advance_one(int64_t begin, int64_t n, double* lanes) const {
     if (t.mask == nullptr) return advance_run<Rule, Elementwise, T, false>(a, begin, n, k, lanes, nullptr);
@@ -267,10 +284,10 @@ struct Groups {
   // `count` groups of short or scattered runs: columns side by side, then the few columns of each group.
   int32_t run_columns(int64_t base, int64_t count, int32_t* alive) const {
     const int64_t columns = count * row;
-    double* sums = scratch.get<double>(0, columns);
-    double* totals = scratch.get<double>(1, count);
-    C* factor = scratch.get<C>(2, count);
-    C* spread_factor = scratch.get<C>(3, columns + kSpread);
+    double* sums = scratch.template get<double>(0, columns);
+    double* totals = scratch.template get<double>(1, count);
+    C* factor = scratch.template get<C>(2, count);
+    C* spread_factor = scratch.template get<C>(3, columns + kSpread);
     for (int64_t j = 0; j < columns; ++j) sums[j] = 0;
     advance_tile(base, columns, sums);
     sum_rows(sums, row, count, totals);
@@ -280,27 +297,18 @@ struct Groups {
     const int64_t next = left < columns ? left : columns;
     const int32_t nonzeros = finish(base, columns, ColumnFactors<C>{spread_factor}, next);
     if (alive != nullptr)
-      for (int64_t m = 0; m < count; ++m) *alive += factor[m] != C(0) && any_nonzero(base + m * row);
+      for (int64_t m = 0; m < count; ++m) *alive += factor[m] != C(0) && this->any_nonzero(base + m * row);
     return nonzeros;
-  }
-
-  bool any_nonzero(int64_t base) const {
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t c = 0; c < row; ++c)
-        if (nonzero(a.param[offset(base, r) + c])) return true;
-    return false;
   }
 };
 
-template <class Rule, class Elementwise, class T>
-void run_grouped(const PlanView& plan, const Item& item, const void* grad, const StepArgs& args, int32_t* counts) {
+template <class Groups>
+void run_tile(Groups& groups, const Item& item, int32_t* counts) {
   constexpr int64_t kBatch = 2048;  // contiguous elements at a time: all scratch stays in L1
   constexpr int64_t kWhole = 16;    // a batch of so many groups ends with a memory line, if it begins with one
   constexpr int64_t kLong = 64;     // from here on a group is its own loop
   static_assert(kBatch / kLong >= kWhole);
-  const TensorRecord& t = plan.records()[item.tensor];
-  const GroupLayout& g = t.layout;
-  Groups<Rule, Elementwise, T> groups(plan, t, grad, args);
+  const GroupLayout& g = groups.t.layout;
   const int64_t slab = item.begin / g.g2;
   const int64_t base = (slab / g.g1) * g.r0 * groups.r0_stride + (slab % g.g1) * g.r1 * groups.row_stride +
                        (item.begin % g.g2) * g.r2;
@@ -313,10 +321,16 @@ void run_grouped(const PlanView& plan, const Item& item, const void* grad, const
     for (int64_t m = 0; m < item.count; m += batch)
       count += groups.run_columns(base + m * g.r2, item.count - m < batch ? item.count - m : batch, count_alive);
   }
-  if (groups.stream) stream_fence();
   if (counts == nullptr) return;
   counts[0] = count;
   counts[1] = alive;
+}
+
+template <class Rule, class Elementwise, class T>
+void run_grouped(const PlanView& plan, const Item& item, const void* grad, const StepArgs& args, int32_t* counts) {
+  Groups<Rule, Elementwise, T> groups(plan, plan.records()[item.tensor], grad, args);
+  run_tile(groups, item, counts);
+  if (groups.stream) stream_fence();
 }
 
 BREGMAN_END

@@ -1,30 +1,28 @@
 // The CPU loops. Included once per instruction set, each time in a namespace of its own (BREGMAN_ISA).
-// The elementwise penalty is a template argument: a switch inside the loop would stop vectorisation.
+// No loop switches by the penalty: that would stop its vectorisation.
 #pragma once
 
-#include "grouped.h"
+#include "buffered.h"
 #include "separable.h"
 
 BREGMAN_BEGIN
 
-// Below a group penalty, only the elementwise penalties in common use get loops of their own: every instance costs a
-// user's build a second.
-template <class Functor>
-using below_groups =
-    std::conditional_t<std::is_same_v<Functor, NoPenalty> || std::is_same_v<Functor, L1>, Functor, AnyPenalty>;
-
 using RunItem = void (*)(const PlanView&, const Item&, const void*, const StepArgs&, int32_t*);
 
+// The elementwise penalties in common use are part of the rule's loops; others run in loops of their own (buffered.h).
 template <class Rule, class T>
 RunItem pick_penalty(const StepArgs& args, bool grouped) {
-  switch (PenaltyKind(args.elementwise)) {
-#define X(Functor, name) \
-  case PenaltyKind::name: \
-    return grouped ? run_grouped<Rule, below_groups<Functor>, T> : run_separable<Rule, Functor, T>;
-    BREGMAN_PENALTIES(X)
-#undef X
+  const PenaltyKind kind = PenaltyKind(args.elementwise);
+  if (grouped) {
+    if constexpr (!Rule::kMetric) {
+      if (kind == PenaltyKind::none) return run_grouped<Rule, NoPenalty, T>;
+      if (kind == PenaltyKind::l1) return run_grouped<Rule, L1, T>;
+    }
+    return run_grouped_buffered<Rule, T>;
   }
-  return nullptr;
+  if (kind == PenaltyKind::none) return run_separable<Rule, NoPenalty, T>;
+  if (kind == PenaltyKind::l1) return run_separable<Rule, L1, T>;
+  return run_separable_buffered<Rule, T>;
 }
 
 template <class Rule>

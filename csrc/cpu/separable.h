@@ -16,9 +16,7 @@ BREGMAN_LOOP int32_t separable_block(const Arrays<Rule, T> a, int64_t begin, int
     int64_t i = begin + j;
     C s[kMaxSlots];
     C q = prox_point<true, Rule, Elementwise, T, C, kMasked>(a, i, k, s, keep, j);
-    C value = Rule::finish(q, a.load_param(i), s, k.h);
-    if constexpr (kMasked) value = select(keep[j] != 0, value, C(0));
-    count += a.store_param(i, value);
+    count += finish_element<Rule, T, C, kMasked>(a, a, i, k, q, s, keep, j);
   }
   return count;
 }

@@ -11,4 +11,10 @@ struct Penalty {
   C a, b;
 };
 
+// phi'(t) = level - slope t for t > 0, of penalties that are so: they have group proxes in a diagonal metric (weighted.h).
+template <class C>
+struct Line {
+  C level, slope;
+};
+
 BREGMAN_END

@@ -13,6 +13,11 @@ struct ElasticNet {
     C threshold = scale * k.a;
     return (x - clamp(x, -threshold, threshold)) / (C(1) + scale * k.b);
   }
+
+  template <class C>
+  BREGMAN_HD static Line<C> line(const Penalty<C>& k) {
+    return {k.a, -k.b};
+  }
 };
 
 BREGMAN_END

@@ -13,6 +13,11 @@ struct L1 {
     C threshold = scale * k.a;
     return x - clamp(x, -threshold, threshold);  // identity minus projection: NaN stays NaN, zero stays zero
   }
+
+  template <class C>
+  BREGMAN_HD static Line<C> line(const Penalty<C>& k) {
+    return {k.a, C(0)};
+  }
 };
 
 BREGMAN_END

@@ -1,0 +1,297 @@
+// The loops that keep points in a buffer between the rule and the prox: for elementwise penalties other than none and L1,
+// and for group penalties in a diagonal metric. A loop knows the rule or the penalty, never both, so that each of them
+// costs a user's build a sum of loops and not a product.
+#pragma once
+
+#include "../math/weighted.h"
+#include "grouped.h"
+
+BREGMAN_BEGIN
+
+// Advances the state of n neighbours and writes their points, and their prox scales where these differ.
+template <class Rule, class T, bool kMasked>
+BREGMAN_LOOP void advance_points(const Arrays<Rule, T> a, int64_t begin, int64_t n,
+                                 const Scalars<Rule, compute_t<T>> k, compute_t<T>* __restrict__ z,
+                                 compute_t<T>* __restrict__ scales, const flag_t<compute_t<T>>* keep) {
+  using C = compute_t<T>;
+#pragma GCC ivdep
+  for (int64_t j = 0; j < n; ++j) {
+    C s[kMaxSlots];
+    const Point<C> p = point_of<true, Rule, T, C, kMasked>(a, begin + j, k, s, keep, j);
+    z[j] = p.z;
+    if constexpr (Rule::kMetric) scales[j] = p.scale;
+  }
+}
+
+// The new parameters from n prox points; returns how many are non-zero.
+template <class Rule, class T, bool kMasked>
+BREGMAN_LOOP int32_t finish_points(const Arrays<Rule, T> a, int64_t begin, int64_t n,
+                                   const Scalars<Rule, compute_t<T>> k, const compute_t<T>* __restrict__ q,
+                                   const flag_t<compute_t<T>>* keep) {
+  using C = compute_t<T>;
+  int32_t count = 0;
+#pragma GCC ivdep
+  for (int64_t j = 0; j < n; ++j) {
+    C s[kMaxSlots];
+    a.load_state(begin + j, s);
+    count += finish_element<Rule, T, C, kMasked>(a, a, begin + j, k, q[j], s, keep, j);
+  }
+  return count;
+}
+
+// Both on n neighbours, with or without a mask.
+template <class Rule, class T>
+void advance_any(const Arrays<Rule, T>& a, const uint64_t* mask, int64_t begin, int64_t n,
+                 const Scalars<Rule, compute_t<T>>& k, compute_t<T>* z, compute_t<T>* scales) {
+  using C = compute_t<T>;
+  if (mask == nullptr) return advance_points<Rule, T, false>(a, begin, n, k, z, scales, nullptr);
+  for_blocks<C>(mask, begin, n, [&](int64_t j, int64_t length, const flag_t<C>* keep) {
+    advance_points<Rule, T, true>(a, begin + j, length, k, z + j, scales + j, keep);
+  });
+}
+template <class Rule, class T>
+int32_t finish_any(const Arrays<Rule, T>& a, const uint64_t* mask, int64_t begin, int64_t n,
+                   const Scalars<Rule, compute_t<T>>& k, const compute_t<T>* q) {
+  using C = compute_t<T>;
+  if (mask == nullptr) return finish_points<Rule, T, false>(a, begin, n, k, q, nullptr);
+  int32_t count = 0;
+  for_blocks<C>(mask, begin, n, [&](int64_t j, int64_t length, const flag_t<C>* keep) {
+    count += finish_points<Rule, T, true>(a, begin + j, length, k, q + j, keep);
+  });
+  return count;
+}
+
+template <class Elementwise, class C>
+BREGMAN_LOOP void prox_points(C* __restrict__ z, int64_t n, C scale, const Penalty<C> k) {
+#pragma GCC ivdep
+  for (int64_t j = 0; j < n; ++j) z[j] = Elementwise::prox(z[j], scale, k);
+}
+template <class Elementwise, class C>
+BREGMAN_LOOP void prox_points(C* __restrict__ z, int64_t n, const C* __restrict__ scales, const Penalty<C> k) {
+#pragma GCC ivdep
+  for (int64_t j = 0; j < n; ++j) z[j] = Elementwise::prox(z[j], scales[j], k);
+}
+
+// `scales`: one for all, or an array.
+template <class C, class Scale>
+void prox_any(C* z, int64_t n, Scale scales, const Penalty<C>& k) {
+  if (k.kind == 0) return;
+  switch (PenaltyKind(k.kind)) {
+#define X(Functor, name) \
+  case PenaltyKind::name: \
+    return prox_points<Functor, C>(z, n, scales, k);
+    BREGMAN_PENALTIES(X)
+#undef X
+  }
+}
+
+template <class Rule, class C>
+void prox_buffer(C* z, const C* scales, int64_t n, const Scalars<Rule, C>& k) {
+  if constexpr (Rule::kMetric) prox_any<C, const C*>(z, n, scales, k.elementwise);
+  else prox_any<C, C>(z, n, uniform_scale<Rule, C>(k.h), k.elementwise);
+}
+
+template <class Rule, class T>
+void run_separable_buffered(const PlanView& plan, const Item& item, const void* grad, const StepArgs& args,
+                            int32_t* counts) {
+  using C = compute_t<T>;
+  const TensorRecord& t = plan.records()[item.tensor];
+  const auto k = Scalars<Rule, C>::from(args);
+  const Arrays<Rule, T> a(t, grad);
+  alignas(64) C z[kBuffer], scales[kBuffer];
+  int32_t count = 0;
+  for (int64_t j = 0; j < item.count; j += kBuffer) {
+    const int64_t begin = item.begin + j, n = item.count - j < kBuffer ? item.count - j : kBuffer;
+    advance_any(a, t.mask, begin, n, k, z, scales);
+    prox_buffer(z, scales, n, k);
+    count += finish_any(a, t.mask, begin, n, k, z);
+  }
+  if (counts == nullptr) return;
+  counts[0] = count;
+  counts[1] = 0;
+}
+
+// Points in rows of columns; a long run of one group is folded into such rows, and a last one.
+template <class C>
+struct Matrix {
+  C* z;
+  const C* scales;
+  int64_t rows, columns;
+};
+
+template <class C>
+BREGMAN_LOOP void add_squares(const Matrix<C> m, double* __restrict__ sums) {
+  for (int64_t r = 0; r < m.rows; ++r) {
+    const C* __restrict__ z = m.z + r * m.columns;
+#pragma GCC ivdep
+    for (int64_t j = 0; j < m.columns; ++j) sums[j] = add_square(sums[j], z[j]);
+  }
+}
+
+template <class C>
+BREGMAN_LOOP void add_start(const Matrix<C> m, double* __restrict__ a, double* __restrict__ b) {
+  for (int64_t r = 0; r < m.rows; ++r) {
+    const C* __restrict__ z = m.z + r * m.columns;
+    const C* __restrict__ scales = m.scales + r * m.columns;
+#pragma GCC ivdep
+    for (int64_t j = 0; j < m.columns; ++j) {
+      const Sums terms = start_terms(z[j], scales[j]);
+      a[j] += terms.a;
+      b[j] += terms.b;
+    }
+  }
+}
+
+template <class C>
+BREGMAN_LOOP void add_step(const Matrix<C> m, const Line<C> line, const C* __restrict__ norms, double* __restrict__ a,
+                           double* __restrict__ b) {
+  for (int64_t r = 0; r < m.rows; ++r) {
+    const C* __restrict__ z = m.z + r * m.columns;
+    const C* __restrict__ scales = m.scales + r * m.columns;
+#pragma GCC ivdep
+    for (int64_t j = 0; j < m.columns; ++j) {
+      const Sums terms = step_terms(z[j], scales[j], norms[j], line);
+      a[j] += terms.a;
+      b[j] += terms.b;
+    }
+  }
+}
+
+template <class C>
+BREGMAN_LOOP void scale_points(const Matrix<C> m, const C* __restrict__ factors) {
+  for (int64_t r = 0; r < m.rows; ++r) {
+    C* __restrict__ z = m.z + r * m.columns;
+#pragma GCC ivdep
+    for (int64_t j = 0; j < m.columns; ++j) z[j] *= factors[j];
+  }
+}
+
+template <class C>
+BREGMAN_LOOP void shrink_points(const Matrix<C> m, const C* __restrict__ rho) {
+  for (int64_t r = 0; r < m.rows; ++r) {
+    C* __restrict__ z = m.z + r * m.columns;
+    const C* __restrict__ scales = m.scales + r * m.columns;
+#pragma GCC ivdep
+    for (int64_t j = 0; j < m.columns; ++j) z[j] = shrink_weighted(z[j], scales[j], rho[j]);
+  }
+}
+
+// The group prox of points in a buffer: `count` groups of `row` neighbouring columns in each row.
+template <class C>
+class BufferedGroups {
+ public:
+  static constexpr int64_t kFold = 128;  // columns of a folded run: its sums stay in L1, its rows are long enough
+
+  BufferedGroups(Scratch& scratch, C* z, const C* scales, int64_t rows, int64_t row, int64_t count)
+      : z_(z), scales_(scales), elements_(rows * row * count), count_(count) {
+    fold_ = rows == 1 && count == 1;
+    columns_ = fold_ ? kFold : row * count;
+    row_ = fold_ ? kFold : row;
+    sums_ = scratch.get<double>(0, 2 * columns_);
+    totals_ = scratch.get<double>(1, 3 * count);
+    group_ = scratch.get<C>(2, count);
+    spread_ = scratch.get<C>(3, columns_ + kSpread);
+  }
+
+  // Isotropic: all elements have the same scale.
+  template <class Scale>
+  void shrink(Scale scale, const Penalty<C>& k) {
+    clear();
+    for_parts([&](const Matrix<C>& m) { add_squares(m, sums_); });
+    sum_rows(sums_, row_, count_, totals_);
+    radial_factors(totals_, count_, scale, k, group_);
+    spread(group_, row_, count_, spread_);
+    for_parts([&](const Matrix<C>& m) { scale_points(m, spread_); });
+  }
+
+  // In the metric of the scales.
+  void shrink_in_metric(const Line<C>& line) {
+    double* norms = totals_ + 2 * count_;
+    clear();
+    for_parts([&](const Matrix<C>& m) { add_start(m, sums_, sums_ + columns_); });
+    total();
+    for (int64_t g = 0; g < count_; ++g) norms[g] = root_start(sums(g), line);
+    for (int step = 0; step < kRootSteps<C>; ++step) {
+      for (int64_t g = 0; g < count_; ++g) group_[g] = C(norms[g]);
+      spread(group_, row_, count_, spread_);
+      clear();
+      for_parts([&](const Matrix<C>& m) { add_step(m, line, spread_, sums_, sums_ + columns_); });
+      total();
+      for (int64_t g = 0; g < count_; ++g) norms[g] = root_step(norms[g], sums(g));
+    }
+    for (int64_t g = 0; g < count_; ++g) group_[g] = root_rho(norms[g], line);
+    spread(group_, row_, count_, spread_);
+    for_parts([&](const Matrix<C>& m) { shrink_points(m, spread_); });
+  }
+
+ private:
+  template <class F>
+  void for_parts(F f) const {
+    const int64_t rows = elements_ / columns_, rest = elements_ - rows * columns_;
+    f(Matrix<C>{z_, scales_, rows, columns_});
+    if (rest) f(Matrix<C>{z_ + rows * columns_, scales_ + rows * columns_, 1, rest});
+  }
+  void clear() {
+    for (int64_t j = 0; j < 2 * columns_; ++j) sums_[j] = 0;
+  }
+  void total() {
+    sum_rows(sums_, row_, count_, totals_);
+    sum_rows(sums_ + columns_, row_, count_, totals_ + count_);
+  }
+  Sums sums(int64_t g) const { return {totals_[g], totals_[count_ + g]}; }
+
+  C* z_;
+  const C* scales_;
+  int64_t elements_, count_, columns_, row_;
+  bool fold_;
+  double *sums_, *totals_;
+  C *group_, *spread_;
+};
+
+// Groups of one tensor, tile by tile.
+template <class Rule, class T>
+struct PointGroups : TileOf<Rule, T> {
+  using C = compute_t<T>;
+  using Base = TileOf<Rule, T>;
+  using Base::a, Base::k, Base::t, Base::row, Base::rows, Base::scratch;
+
+  PointGroups(const TensorRecord& record, const void* grad, const StepArgs& args) : Base(record, grad, args) {}
+
+  int32_t run(int64_t base, int64_t count, int32_t* alive) const {
+    const int64_t columns = count * row, elements = rows * columns;
+    C* z = scratch.template get<C>(4, elements);
+    C* scales = Rule::kMetric ? scratch.template get<C>(5, elements) : z;
+    for (int64_t r = 0; r < rows; ++r)
+      advance_any(a, t.mask, this->offset(base, r), columns, k, z + r * columns, scales + r * columns);
+    prox_buffer(z, scales, elements, k);
+    BufferedGroups<C> groups(scratch, z, scales, rows, row, count);
+    if constexpr (Rule::kMetric) {
+      Line<C> line{};
+      line_of(k.radial, C(t.weight), line);
+      groups.shrink_in_metric(line);
+    } else {
+      groups.shrink(uniform_scale<Rule, C>(k.h) * C(t.weight), k.radial);
+    }
+    int32_t nonzeros = 0;
+    for (int64_t r = 0; r < rows; ++r)
+      nonzeros += finish_any(a, t.mask, this->offset(base, r), columns, k, z + r * columns);
+    if (alive != nullptr)
+      for (int64_t m = 0; m < count; ++m) *alive += this->any_nonzero(base + m * row);
+    return nonzeros;
+  }
+  int32_t run_long(int64_t base, int64_t count, int32_t* alive) const {
+    int32_t nonzeros = 0;
+    for (int64_t m = 0; m < count; ++m) nonzeros += run(base + m * row, 1, alive);
+    return nonzeros;
+  }
+  int32_t run_columns(int64_t base, int64_t count, int32_t* alive) const { return run(base, count, alive); }
+};
+
+template <class Rule, class T>
+void run_grouped_buffered(const PlanView& plan, const Item& item, const void* grad, const StepArgs& args,
+                          int32_t* counts) {
+  PointGroups<Rule, T> groups(plan.records()[item.tensor], grad, args);
+  run_tile(groups, item, counts);
+}
+
+BREGMAN_END

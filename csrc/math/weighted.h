@@ -1,0 +1,99 @@
+// The group prox in a diagonal metric: each element of a group has a prox scale s_i of its own.
+//
+// For a penalty with slope phi'(t) = level - slope t (l1, elastic net, MCP below its knee) and t the norm of the result,
+// z_i = x_i / (1 + rho s_i) with rho = phi'(t) / t, and t is the root of
+//   g(t) = sum_i x_i^2 / (t (1 - slope s_i) + level s_i)^2 = 1.
+// Newton's method on g^(-1/2) = 1, which is increasing and concave, climbs to the root from 0 without overshooting, in
+// one step where all s_i are equal. The step from 0 needs sums that also tell whether the group is zero:
+// sum (x_i / s_i)^2 <= level^2. Relative error of the result after that step and 2, 3, 4 and 5 more, worst of 3,000
+// groups of 27 to 4,608 elements with scales over three decades, and some within 1e-4 of being zero: 8e-2, 1e-3, 4e-7,
+// 1e-12.
+#pragma once
+
+#include "penalty_list.h"
+
+BREGMAN_BEGIN
+
+template <class C>
+constexpr int kRootSteps = sizeof(C) == 8 ? 5 : 4;
+
+// The line of a penalty that has one: a functor says so with a member `line`.
+template <class Functor, class C>
+BREGMAN_HD auto line_of(const Penalty<C>& k, Line<C>& line, int) -> decltype(Functor::line(k), true) {
+  line = Functor::line(k);
+  return true;
+}
+template <class Functor, class C>
+BREGMAN_HD bool line_of(const Penalty<C>&, Line<C>&, long) {
+  return false;
+}
+// Whether the penalty has a line; the group's weight belongs to it.
+template <class C>
+BREGMAN_HD bool line_of(const Penalty<C>& k, C weight, Line<C>& line) {
+  bool known = false;
+  switch (PenaltyKind(k.kind)) {
+#define X(Functor, name) \
+  case PenaltyKind::name: \
+    known = line_of<Functor>(k, line, 0); \
+    break;
+    BREGMAN_PENALTIES(X)
+#undef X
+  }
+  line.level *= weight;
+  line.slope *= weight;
+  return known;
+}
+
+// A pair of sums over a group, in float64: the square of a float is exact there.
+struct Sums {
+  double a, b;
+};
+
+// What an element adds to the sums of the step from 0. Scales of zero (lr = 0) are kept off the division.
+template <class C>
+BREGMAN_HD Sums start_terms(C x, C scale) {
+  const C least = sizeof(C) == 8 ? C(1e-75) : C(1e-30);
+  scale = select(scale < least, least, scale);
+  const C u = x / scale;
+  const double square = double(u) * double(u);
+  return {square, square * double(C(1) / scale)};
+}
+
+// What it adds to those of a step from t.
+template <class C>
+BREGMAN_HD Sums step_terms(C x, C scale, C t, const Line<C>& line) {
+  C rest = C(1) - line.slope * scale;
+  rest = select(rest < C(0), C(0), rest);
+  const C q = C(1) / (t * rest + line.level * scale), u = x * q;
+  const double square = double(u) * double(u);
+  return {square, square * double(q * rest)};
+}
+
+// The norm t after the step from 0: 0 for a zero group, infinite for one with an infinite element.
+template <class C>
+BREGMAN_HD double root_start(const Sums& sums, const Line<C>& line) {
+  const double norm = square_root(sums.a), level = double(line.level);
+  if (norm <= level) return 0;
+  if (norm - norm != 0) return norm;
+  return sums.a * (norm - level) / (sums.b - double(line.slope) * sums.a);
+}
+
+BREGMAN_HD double root_step(double t, const Sums& sums) {
+  if (!(t > 0) || t - t != 0) return t;
+  return t + sums.a * (square_root(sums.a) - 1) / sums.b;
+}
+
+// rho; infinite for a zero group, and 0 where the prox is the identity.
+template <class C>
+BREGMAN_HD C root_rho(double t, const Line<C>& line) {
+  if (line.level == C(0) && t == 0) return C(0);
+  const double rho = double(line.level) / t - double(line.slope);
+  return C(rho < 0 ? 0 : rho);
+}
+
+template <class C>
+BREGMAN_HD C shrink_weighted(C x, C scale, C rho) {
+  return x / (C(1) + rho * scale);
+}
+
+BREGMAN_END
