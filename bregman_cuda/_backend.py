@@ -25,9 +25,10 @@ def penalty_names(reg: Any) -> list[str]:
     return ["none" if penalty is None else penalty.kernel for penalty in _penalties(reg)]
 
 
-def step_scalars(reg: Any, h: Hyper, grad_scale: float) -> list[Any]:
-    """All scalars of a step in the kernels' order: that of the rule's `hyper` and the penalties' `parameters`."""
-    scalars = [grad_scale, *h.values()]
+def step_scalars(reg: Any, h: Hyper, grad_scale: Any, skip: Any = 0.0) -> list[Any]:
+    """All scalars of a step in the kernels' order: whether to skip it, the factor on gradients, then those of the
+    rule's `hyper` and of the penalties' `parameters`."""
+    scalars = [skip, grad_scale, *h.values()]
     for penalty in _penalties(reg):
         own = [] if penalty is None else list(penalty.parameters().values())
         scalars += own + [0.0] * (_PENALTY_PARAMETERS - len(own))
@@ -57,10 +58,9 @@ class Kernels:
     def rule_id(self, rule: Rule) -> int:
         return self.rules[rule.name][0]
 
-    def encode(self, rule: Rule, reg: Any, h: Hyper, grad_scale: float) -> tuple[list[int], list[float]]:
-        """Which rule and penalties run, and all scalars of the step in the kernels' order."""
-        kinds = [self.rule_id(rule), *[self.penalties[name][0] for name in penalty_names(reg)]]
-        return kinds, step_scalars(reg, h, grad_scale)
+    def kinds(self, rule: Rule, reg: Any) -> list[int]:
+        """Which rule and penalties run."""
+        return [self.rule_id(rule), *[self.penalties[name][0] for name in penalty_names(reg)]]
 
     def serves(self, param: Tensor, rule: Rule, reg: Any) -> str:
         """Empty, or why the reference has to step this parameter."""

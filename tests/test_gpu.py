@@ -96,6 +96,69 @@ def test_one_launch_per_group_and_no_wait(reg):
     assert [r.nonzeros for r in report.rows] == [int(torch.count_nonzero(p)) for p in params]
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("rule", registry.RULES)
+def test_a_captured_step_replays(rule, fused):
+    """Replays read gradient, lr and lam anew, and count steps: the same bits as steps outside of the graph."""
+    sides = []
+    for captured in (True, False):
+        torch.manual_seed(0)
+        lr, lam = torch.tensor(0.25, device="cuda"), torch.tensor(0.1, device="cuda")
+        params = [torch.nn.Parameter(torch.randn(33, 7, device="cuda")), torch.nn.Parameter(torch.randn(5, device="cuda"))]
+        for p in params:
+            p.grad = torch.randn_like(p)
+        options = {**registry.RULES[rule].options, "lr": lr}
+        optimizer = registry.RULES[rule].optimizer(params, reg=L1(lam), capturable=True, fused=fused, **options)
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            optimizer.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        take = optimizer.step
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                optimizer.step()
+            take = graph.replay
+        for k in range(4):
+            for p in params:
+                p.grad.mul_(-1)
+            lr.fill_(0.25 / (1 + k))
+            lam.fill_(0.1 * (1 + k))
+            take()
+        assert [float(optimizer.state[p]["step"]) for p in params] == [5.0, 5.0]
+        sides.append([t.detach().cpu() for p in params for t in (p, *optimizer.state[p].values())])
+    assert all(same_bits(a, b) for a, b in zip(*sides, strict=True))
+
+
+def test_capture_without_capturable_is_refused():
+    p = torch.nn.Parameter(torch.ones(3, device="cuda"))
+    p.grad = torch.ones_like(p)
+    optimizer = LinBreg([p])
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="set capturable=True"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_grad_scaler_does_not_synchronise(capturable):
+    p = torch.nn.Parameter(torch.ones(64, device="cuda"))
+    optimizer = AdaBreg([p], lr=0.1, reg=L1(0.01), capturable=capturable)
+    scaler = torch.amp.GradScaler("cuda", init_scale=4.0)
+    for overflow in (False, True, False):
+        p.grad = None
+        scaler.scale((p * (torch.inf if overflow else 2.0)).sum()).backward()
+        before = p.detach().clone()
+        if optimizer.state:  # the first step moves the counter
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            scaler.step(optimizer)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert bool((p == before).all()) == overflow
+        scaler.update()
+    assert float(optimizer.state[p]["step"]) == 2
+
+
 def test_more_tensors_than_one_launch_holds():
     """Gradient pointers travel as kernel arguments, 1000 at a time."""
     sides = []

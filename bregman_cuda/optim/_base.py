@@ -13,7 +13,7 @@ from ..reference import state_dtype
 from ..regularizers import Regularizer
 from ..regularizers._base import check_number
 from . import _checkpoint, _masks
-from ._plan import Bucket, GroupPlan, slots_of
+from ._plan import Amp, Bucket, GroupPlan, slots_of
 from ._rule import Rule
 from ._shards import is_sharded, local, local_grads, why_groups_cross
 from ._traced import traced_step
@@ -39,8 +39,10 @@ class SparseOptimizer(torch.optim.Optimizer):
         fused: bool | None,
         count_nonzeros: bool,
         check_finite: bool,
+        capturable: bool,
     ) -> None:
         flags = dict(maximize=maximize, fused=fused, count_nonzeros=count_nonzeros, check_finite=check_finite)
+        flags["capturable"] = capturable
         self._plans: dict[int, tuple[Any, GroupPlan]] = {}
         self._check({**defaults, **flags, "params": []})
         super().__init__(params, {**defaults, **flags})
@@ -68,11 +70,13 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     def _check_options(self, group: dict[str, Any]) -> None:
         owner, reg = type(self).__name__, group["reg"]
-        check_lr(owner, group["lr"])
+        check_lr(owner, group["lr"], group["capturable"])
         if reg is not None and not isinstance(reg, Regularizer):
             raise TypeError(f"{owner}: reg must be None or a regularizer such as bregman_cuda.L1(lam=0.1), got {reg!r}")
         if group["fused"] not in (None, True, False):
             raise ValueError(f"{owner}: fused must be True, False or None, got {group['fused']!r}")
+        if group["capturable"] and group["check_finite"]:
+            raise ValueError(f"{owner}: check_finite reads gradients on the host, so that capturable must be False")
         self._check_group(group)
 
     def _check(self, group: dict[str, Any]) -> None:
@@ -133,14 +137,16 @@ class SparseOptimizer(torch.optim.Optimizer):
             return
         # GradScaler sets both around its call; grad_scale is None after an explicit unscale_.
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        if found_inf is not None and bool(found_inf):
+        capturable = any(group["capturable"] for group in self.param_groups)
+        if found_inf is not None and found_inf.device.type == "cpu" and not capturable and bool(found_inf):
             return
-        unscale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
+        if is_capturing() and not all(group["capturable"] for group in self.param_groups):
+            raise RuntimeError(f"{type(self).__name__}: to capture a step in a CUDA graph, set capturable=True")
         ready = self._ready()
         if sum(len(plan.buckets) for plan, _, _ in ready) > 1:  # a single bucket checks before it changes anything
             self._check_against_params(ready)
         for plan, group, grads in ready:
-            plan.run(group, grads, -unscale if group["maximize"] else unscale)
+            plan.run(group, grads, Amp(-1.0 if group["maximize"] else 1.0, grad_scale, found_inf))
 
     def _only_initialises(self) -> bool:
         """Whether this first step has lr = 0 and zero gradients: torch.distributed.checkpoint makes one to create the
@@ -197,12 +203,17 @@ class SparseOptimizer(torch.optim.Optimizer):
         """The group's plan; built anew when anything but gradients and scalars changed."""
         reg, params = group["reg"], group["params"]
         kind = (type(reg), getattr(reg, "groups", None), getattr(reg, "weight", None))
-        key = (active, self._rule(group).name, kind, group["fused"])
+        key = (active, self._rule(group).name, kind, group["fused"], group["capturable"])
         stepped = params if len(active) == len(params) else [params[i] for i in active]
         pointers = [local(p).data_ptr() for p in stepped] if self._sharded else [p.data_ptr() for p in stepped]
         known = self._plans.get(number)
         if known is not None and known[0] == key and known[1].pointers == pointers and known[1].is_current():
             return known[1]
+        if is_capturing():
+            raise RuntimeError(
+                f"{type(self).__name__}: parameters, gradients or options changed since the last step, which cannot be "
+                "captured in a CUDA graph: take a step with them outside of it first"
+            )
         self._check(group)
         plan = GroupPlan(self, group, active)
         self._plans[number] = (key, plan)
@@ -239,7 +250,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             for param in group["params"]:
                 if param.grad is not None:
                     state = self._init_state(param, group, rule)
-                    step = state["step"].to("cpu", torch.float64, copy=True)
+                    step = state["step"].to(param.device if group["capturable"] else "cpu", torch.float64, copy=True)
                     state["step"] = counters.setdefault((param.device, param.dtype, float(step)), step)
 
     @torch.no_grad()
@@ -368,12 +379,17 @@ def _plain_regularizers(_: Any, state_dict: dict[str, Any]) -> None:
             group["reg"] = group["reg"].to_dict()
 
 
-def check_lr(owner: str, lr: Any) -> None:
+def is_capturing() -> bool:
+    """Whether the current CUDA stream is being captured in a graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def check_lr(owner: str, lr: Any, capturable: bool = False) -> None:
     """A step size is a finite number >= 0, or a one-element tensor."""
     if torch.is_tensor(lr):
         if lr.numel() != 1:
             raise ValueError(f"{owner}: a tensor lr must have one element, got shape {tuple(lr.shape)}")
-        if lr.device.type != "cpu":
+        if lr.device.type != "cpu" or capturable:
             return  # reading it would synchronise
         lr = lr.item()
     check_number(owner, "lr", lr)

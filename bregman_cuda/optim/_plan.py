@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import _backend, reference
 from ._masks import in_memory_order, unpack
-from ._rule import Rule
+from ._rule import Hyper, Rule
 from ._shards import local
 
 if TYPE_CHECKING:
@@ -24,24 +24,69 @@ if TYPE_CHECKING:
 Counts = list[tuple[Tensor, Tensor, "Tensor | None"]]  # parameter, non-zero elements, non-zero groups
 
 
-class Bucket:
-    """Parameters of one device, dtype and step count."""
+class Amp:
+    """What a GradScaler asks of a step, and the sign of the gradient."""
 
-    def __init__(self, rule: Rule, params: list[Tensor], states: list[dict[str, Any]], index: list[int]):
-        self.rule, self.params, self.states, self.index = rule, params, states, index
+    def __init__(self, sign: float, grad_scale: Tensor | None = None, found_inf: Tensor | None = None):
+        self.sign, self.grad_scale, self.found_inf = sign, grad_scale, found_inf
+
+    def on_host(self) -> tuple[float, bool]:
+        """The factor on the gradient, and whether to skip the step."""
+        factor = self.sign if self.grad_scale is None else self.sign / float(self.grad_scale)
+        return factor, self.found_inf is not None and bool(self.found_inf)
+
+    def on_device(self, device: torch.device) -> tuple[Any, Any]:
+        """The same without reading anything."""
+        factor: Any = self.sign
+        if self.grad_scale is not None:
+            factor = self.sign / self.grad_scale.to(device, torch.float64).reshape(())
+        return factor, 0.0 if self.found_inf is None else self.found_inf.to(device, torch.float64).reshape(())
+
+
+class Bucket:
+    """Parameters of one device, dtype and step count.
+
+    A bucket is `live` where the scalars of its steps are device memory that kernels read: under `capturable`, and
+    from the first overflow flag on that lies on a device. Nothing is read back then.
+    """
+
+    def __init__(self, rule: Rule, params: list[Tensor], states: list[dict[str, Any]], index: list[int], live: bool):
+        self.rule, self.params, self.states, self.index, self.live = rule, params, states, index, live
         self.step = int(states[0]["step"])
         # One shared counter, new for this bucket: tensors that sit out a step keep the old one.
-        self.step_tensor = torch.tensor(float(self.step), dtype=torch.float64)
-        for state in states:
+        where = params[0].device if live else "cpu"
+        self.step_tensor = torch.full((), float(self.step), dtype=torch.float64, device=where)
+        self._share()
+
+    def _share(self) -> None:
+        for state in self.states:
             state["step"] = self.step_tensor
 
-    def advance(self) -> int:
-        self.step += 1
-        self.step_tensor.fill_(float(self.step))
-        return self.step
+    def run(self, group: dict[str, Any], grads: list[Tensor], amp: Amp) -> None:
+        """One step; nothing at all, the step count included, if `amp` says so."""
+        if not self.live and amp.found_inf is not None and amp.found_inf.device.type != "cpu":
+            self.live, self.step_tensor = True, self.step_tensor.to(self.params[0].device)
+            self._share()
+        if self.live:
+            factor, skip = amp.on_device(self.params[0].device)
+            self.run_live(group, grads, self.rule.hyper(group, self.step_tensor + 1), factor, skip)
+            self.step_tensor += 1 - skip
+            return
+        factor, skip = amp.on_host()
+        if not skip:
+            self.run_host(group, grads, self.rule.hyper(group, self.step + 1), factor)
+            self.step += 1
+            self.step_tensor.fill_(float(self.step))
 
-    def run(self, group: dict[str, Any], grads: list[Tensor], grad_scale: float) -> None:
+    def run_host(self, group: dict[str, Any], grads: list[Tensor], h: Hyper, factor: float) -> None:
         raise NotImplementedError
+
+    def run_live(self, group: dict[str, Any], grads: list[Tensor], h: Hyper, factor: Any, skip: Any) -> None:
+        raise NotImplementedError
+
+    def is_current(self) -> bool:
+        """Whether the counter is where this bucket left it: a compiled step moves it on without it."""
+        return self.states[0]["step"] is self.step_tensor and (self.live or int(self.step_tensor) == self.step)
 
     def counts(self) -> Counts | None:
         """Non-zeros as counted by the last step; None if it did not count."""
@@ -53,12 +98,25 @@ class ReferenceBucket(Bucket):
 
     counted: Counts | None = None
 
-    def run(self, group: dict[str, Any], grads: list[Tensor], grad_scale: float) -> None:
-        h, reg = self.rule.hyper(group, self.advance()), group["reg"]
+    def run_host(self, group: dict[str, Any], grads: list[Tensor], h: Hyper, factor: float) -> None:
+        self._run(group, grads, {name: float(value) for name, value in h.items()}, factor)
+
+    def run_live(self, group: dict[str, Any], grads: list[Tensor], h: Hyper, factor: Any, skip: Any) -> None:
+        wide = reference.state_dtype(self.params[0])
+        h = {name: value.to(wide) if torch.is_tensor(value) else value for name, value in h.items()}
+        factor = factor.to(wide) if torch.is_tensor(factor) else factor
+        changing = [*self.params, *(local(s[slot]) for s in self.states for slot in slots_of(self.rule, self.params[0]))]
+        before = [tensor.detach().clone() for tensor in changing] if torch.is_tensor(skip) else []
+        self._run(group, grads, h, factor)
+        for tensor, old in zip(changing, before):
+            tensor.copy_(torch.where(skip != 0, old, tensor))
+
+    def _run(self, group: dict[str, Any], grads: list[Tensor], h: Hyper, factor: Any) -> None:
+        reg = group["reg"]
         for param, grad, state in zip(self.params, grads, self.states):
             mask = unpack(state["mask"], param) if "mask" in state else None
             parts = {slot: local(value) for slot, value in state.items()}
-            reference.step_(self.rule, reg, h, param, grad, parts, mask, grad_scale)
+            reference.step_(self.rule, reg, h, param, grad, parts, mask, factor)
         count = group["count_nonzeros"]
         self.counted = [(p, *reference.count_nonzeros(p, reg)) for p in self.params] if count else None
 
@@ -77,8 +135,9 @@ class FusedBucket(Bucket):
         params: list[Tensor],
         states: list[dict[str, Any]],
         index: list[int],
+        live: bool,
     ):
-        super().__init__(rule, params, states, index)
+        super().__init__(rule, params, states, index, live)
         self.kernels = kernels
         self.slots = slots_of(rule, params[0])
         flat_state = [local(state[slot]) for state in states for slot in self.slots]
@@ -99,22 +158,28 @@ class FusedBucket(Bucket):
         self.none = torch.empty(0, dtype=torch.int32, device=params[0].device)
         self.item_counts: Tensor | None = None
 
-    def run(self, group: dict[str, Any], grads: list[Tensor], grad_scale: float) -> None:
-        h, reg, kernels = self.rule.hyper(group, self.step + 1), group["reg"], self.kernels
-        kinds, scalars = kernels.encode(self.rule, reg, h, grad_scale)
+    def run_host(self, group: dict[str, Any], grads: list[Tensor], h: Hyper, factor: float) -> None:
+        scalars = _backend.step_scalars(group["reg"], h, factor)
+        self._run(group, grads, list(map(float, scalars)), self.none)
+
+    def run_live(self, group: dict[str, Any], grads: list[Tensor], h: Hyper, factor: Any, skip: Any) -> None:
+        scalars = _backend.step_scalars(group["reg"], h, factor, skip)
+        self._run(group, grads, [], in_one_tensor(scalars, self.params[0].device))
+
+    def _run(self, group: dict[str, Any], grads: list[Tensor], scalars: list[float], live: Tensor) -> None:
         if not group["count_nonzeros"]:
             self.item_counts = None  # what an earlier step counted is no longer true
         elif self.item_counts is None:
             size = (len(self.item_tensor), 2)
             self.item_counts = torch.zeros(size, dtype=torch.int32, device=self.params[0].device)
-        args = (self.plan, self.device_plan)
-        tail = (self.none if self.item_counts is None else self.item_counts, kinds, scalars)
-        while (odd := kernels.step(*args, grads, *tail)) >= 0:  # nothing changed: this gradient is laid out otherwise
+        counts = self.none if self.item_counts is None else self.item_counts
+        tail = (counts, self.kernels.kinds(self.rule, group["reg"]), scalars, live)
+        # An index means that nothing changed yet: this gradient is laid out otherwise than its parameter.
+        while (odd := self.kernels.step(self.plan, self.device_plan, grads, *tail)) >= 0:
             if grads[odd].stride() == self.params[odd].stride():
                 raise RuntimeError(f"the memory layout of parameter {self.index[odd]} changed since its plan was made")
             grads = list(grads)
             grads[odd] = torch.empty_like(self.params[odd]).copy_(grads[odd])
-        self.advance()
         torch.autograd.graph.increment_version(self.params)
 
     def counts(self) -> Counts | None:
@@ -123,6 +188,18 @@ class FusedBucket(Bucket):
         table = torch.zeros(len(self.params), 2, dtype=torch.int64, device=self.item_counts.device)
         table.index_add_(0, self.item_tensor.to(table.device), self.item_counts.long())
         return [(p, row[0], row[1] if self.grouped else None) for p, row in zip(self.params, table)]
+
+
+def in_one_tensor(scalars: list[Any], device: torch.device) -> Tensor:
+    """Numbers and 0-dim tensors as one float64 tensor, without a copy from the host: it can be captured in a graph."""
+    return torch.stack(
+        [
+            value.to(device, torch.float64).reshape(())
+            if torch.is_tensor(value)
+            else torch.full((), value, dtype=torch.float64, device=device)
+            for value in scalars
+        ]
+    )
 
 
 def slots_of(rule: Rule, param: Tensor) -> tuple[str, ...]:
@@ -157,23 +234,24 @@ class GroupPlan:
             kernels, why = _backend.kernels_for(local(params[i]), group["fused"], rule, reg)
             if group["fused"] and kernels is None:
                 raise RuntimeError(f"fused=True, but {optimizer._describe(group, i)} cannot use kernels: {why}")
-            key = (params[i].device, params[i].dtype, int(state["step"]), kernels)
+            live = group["capturable"] or state["step"].device.type != "cpu"
+            key = (params[i].device, params[i].dtype, int(state["step"]), live, kernels)
             split.setdefault(key, []).append(position)
-        for (*_, kernels), positions in split.items():
+        for (*_, live, kernels), positions in split.items():
             states = [optimizer.state[params[active[k]]] for k in positions]
             chosen = [local(params[active[k]]) for k in positions]
             if kernels is None:
-                self.buckets.append(ReferenceBucket(rule, chosen, states, positions))
+                self.buckets.append(ReferenceBucket(rule, chosen, states, positions, live))
             else:
-                self.buckets.append(FusedBucket(kernels, reg, rule, chosen, states, positions))
+                self.buckets.append(FusedBucket(kernels, reg, rule, chosen, states, positions, live))
 
     def is_current(self) -> bool:
-        """Whether the counters are where this plan left them: a compiled step moves them on without it."""
-        return all(b.states[0]["step"] is b.step_tensor and int(b.step_tensor) == b.step for b in self.buckets)
+        """See `Bucket.is_current`."""
+        return all(bucket.is_current() for bucket in self.buckets)
 
-    def run(self, group: dict[str, Any], grads: list[Tensor], grad_scale: float) -> None:
+    def run(self, group: dict[str, Any], grads: list[Tensor], amp: Amp) -> None:
         if len(self.buckets) == 1:
-            self.buckets[0].run(group, grads, grad_scale)
+            self.buckets[0].run(group, grads, amp)
             return
         for bucket in self.buckets:
-            bucket.run(group, [grads[i] for i in bucket.index], grad_scale)
+            bucket.run(group, [grads[i] for i in bucket.index], amp)

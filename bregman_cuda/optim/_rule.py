@@ -8,14 +8,12 @@ import torch
 from torch import Tensor
 
 State = dict[str, Tensor]
-Hyper = dict[str, float]
+Hyper = dict[str, Any]  # floats, or 0-dim tensors where an option or the step count is one
 
 
 def number(value: float | Tensor) -> Any:
-    """A hyper-parameter as a float; a tensor stays one inside torch.compile, which cannot read it."""
-    if torch.is_tensor(value) and torch.compiler.is_compiling():
-        return value.double().reshape(())
-    return float(value)
+    """A hyper-parameter as a float; a tensor as a 0-dim float64 tensor: reading it may synchronise, or be forbidden."""
+    return value.double().reshape(()) if torch.is_tensor(value) else float(value)
 
 
 class Rule:
@@ -30,8 +28,11 @@ class Rule:
     slots: tuple[str, ...] = ()  # state tensors of the parameter's shape, in the order of the kernel
     reads_param: bool = False  # False: the parameter is a function of the state alone
 
-    def hyper(self, group: dict[str, Any], step: int) -> Hyper:
-        """The scalars of step number `step` (from 1), in the order of the kernel's Hyper."""
+    def hyper(self, group: dict[str, Any], step: Any) -> Hyper:
+        """The scalars of step number `step` (from 1), in the order of the kernel's Hyper.
+
+        `step` is an int, or a 0-dim float64 tensor in captured and compiled steps.
+        """
         raise NotImplementedError
 
     def init_slot(self, slot: str, param: Tensor, group: dict[str, Any]) -> Tensor | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import _backend
 from ._masks import in_memory_order
-from ._plan import group_bits, group_weight, slots_of
+from ._plan import group_bits, group_weight, in_one_tensor, slots_of
 from ._rule import Rule
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ def fused_step_(
         masks: n packed masks in memory order, empty for none.
         group_dims, weights: per tensor, as in the op `plan`.
         rule, elementwise, radial: names; the penalties of elements and of group norms.
-        scalars: float64 on the CPU: grad_scale, the rule's hyper-parameters, two numbers per penalty.
+        scalars: float64: whether to skip the step, the factor on gradients, the rule's hyper-parameters, two numbers
+            per penalty. Kernels read them on the parameters' device; from another they are read here.
     """
     kernels, why = _backend._load(params[0].device.type)
     if kernels is None:
@@ -60,8 +61,8 @@ def fused_step_(
         if len(_PLANS) > _MOST_PLANS:
             _PLANS.popitem(last=False)
     none = torch.empty(0, dtype=torch.int32, device=params[0].device)
-    values = scalars.tolist()
-    while (odd := kernels.step(*plans, grads, none, kinds, values)) >= 0:
+    values = [] if scalars.device == params[0].device else scalars.tolist()
+    while (odd := kernels.step(*plans, grads, none, kinds, values, scalars)) >= 0:
         grads = list(grads)
         grads[odd] = torch.empty_like(params[odd]).copy_(grads[odd])
 
@@ -119,5 +120,5 @@ def _step(group: dict[str, Any], rule: Rule, params: list[Tensor], states: list[
         [group_weight(reg, p) for p in params],
         rule.name,
         *_backend.penalty_names(reg),
-        torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in values]),
+        in_one_tensor(values, step.device),
     )

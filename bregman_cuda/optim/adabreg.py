@@ -25,7 +25,7 @@ class AdaBregRule(BregmanRule):
     name = "adabreg"
     slots = ("dual", "exp_avg", "exp_avg_sq")
 
-    def hyper(self, group: dict[str, Any], step: int) -> Hyper:
+    def hyper(self, group: dict[str, Any], step: Any) -> Hyper:
         beta1, beta2 = group["betas"]
         return {
             "beta1": beta1,
@@ -56,7 +56,7 @@ class AdaBreg(SparseOptimizer):
     turns on at once.
 
     Args:
-        params, reg, delta, maximize, fused, count_nonzeros, check_finite: as in `LinBreg`.
+        params, reg, delta, maximize, fused, count_nonzeros, check_finite, capturable: as in `LinBreg`.
         lr: step size >= 0; a float or a one-element tensor.
         betas: decay rates of the two moments, each in [0, 1).
         eps: >= 0, added outside the root.
@@ -84,9 +84,10 @@ class AdaBreg(SparseOptimizer):
         fused: bool | None = None,
         count_nonzeros: bool = False,
         check_finite: bool = False,
+        capturable: bool = False,
     ) -> None:
         defaults = dict(lr=lr, reg=reg, delta=delta, betas=betas, eps=eps)
-        super().__init__(params, defaults, maximize, fused, count_nonzeros, check_finite)
+        super().__init__(params, defaults, maximize, fused, count_nonzeros, check_finite, capturable)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_delta("AdaBreg", group["delta"])

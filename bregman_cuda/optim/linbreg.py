@@ -35,7 +35,7 @@ class LinBregRule(BregmanRule):
     name = "linbreg"
     slots = ("dual",)
 
-    def hyper(self, group: dict[str, Any], step: int) -> Hyper:
+    def hyper(self, group: dict[str, Any], step: Any) -> Hyper:
         return {"lr": number(group["lr"]), "delta": group["delta"]}
 
     def point(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> tuple[Tensor, float]:
@@ -50,7 +50,7 @@ class LinBregMomentumRule(BregmanRule):
     name = "linbreg_momentum"
     slots = ("dual", "momentum_buffer")
 
-    def hyper(self, group: dict[str, Any], step: int) -> Hyper:
+    def hyper(self, group: dict[str, Any], step: Any) -> Hyper:
         lr, momentum = number(group["lr"]), group["momentum"]
         paper = group["momentum_style"] == "paper"
         return {
@@ -89,6 +89,9 @@ class LinBreg(SparseOptimizer):
         fused: True: kernels or an error; False: plain torch; None: kernels wherever they serve.
         count_nonzeros: count non-zeros (and non-zero groups) in the same pass, for `density()`.
         check_finite: raise FloatingPointError naming the tensor before anything changes; synchronises.
+        capturable: keep the step count and the scalars of a step on the device, so that it can be captured in a CUDA
+            graph and never synchronises. A tensor `lr` or `lam` on the device is read at every replay; numbers are
+            those of the capture. The same happens by itself from the first step under a GradScaler on CUDA.
 
     Raises:
         ValueError, TypeError: a parameter out of its range; nothing was changed.
@@ -113,9 +116,10 @@ class LinBreg(SparseOptimizer):
         fused: bool | None = None,
         count_nonzeros: bool = False,
         check_finite: bool = False,
+        capturable: bool = False,
     ) -> None:
         defaults = dict(lr=lr, reg=reg, delta=delta, momentum=momentum, momentum_style=momentum_style)
-        super().__init__(params, defaults, maximize, fused, count_nonzeros, check_finite)
+        super().__init__(params, defaults, maximize, fused, count_nonzeros, check_finite, capturable)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_delta(type(self).__name__, group["delta"])

@@ -19,7 +19,7 @@ class ProxSGDRule(Rule):
     name = "proxsgd"
     reads_param = True
 
-    def hyper(self, group: dict[str, Any], step: int) -> Hyper:
+    def hyper(self, group: dict[str, Any], step: Any) -> Hyper:
         return {"lr": number(group["lr"])}
 
     def point(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> tuple[Tensor, float]:
@@ -33,7 +33,7 @@ class ProxSGDMomentumRule(Rule):
     slots = ("momentum_buffer",)
     reads_param = True
 
-    def hyper(self, group: dict[str, Any], step: int) -> Hyper:
+    def hyper(self, group: dict[str, Any], step: Any) -> Hyper:
         return {"lr": number(group["lr"]), "momentum": group["momentum"]}
 
     def point(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> tuple[Tensor, float]:
@@ -48,7 +48,7 @@ class ProxSGD(SparseOptimizer):
     bf16 and fp16 parameters keep an fp32 master copy in the state, since the parameter itself is what accumulates.
 
     Args:
-        params, reg, maximize, fused, count_nonzeros, check_finite: as in `LinBreg`.
+        params, reg, maximize, fused, count_nonzeros, check_finite, capturable: as in `LinBreg`.
         lr: step size >= 0; a float or a one-element tensor. The threshold is lr * lam.
         momentum: in [0, 1).
 
@@ -73,8 +73,9 @@ class ProxSGD(SparseOptimizer):
         fused: bool | None = None,
         count_nonzeros: bool = False,
         check_finite: bool = False,
+        capturable: bool = False,
     ) -> None:
-        super().__init__(params, dict(lr=lr, reg=reg, momentum=momentum), maximize, fused, count_nonzeros, check_finite)
+        super().__init__(params, dict(lr=lr, reg=reg, momentum=momentum), maximize, fused, count_nonzeros, check_finite, capturable)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_momentum("ProxSGD", group["momentum"])

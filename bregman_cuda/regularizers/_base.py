@@ -22,10 +22,19 @@ _GROUP_NAMES = {"out": (0,), "in": (1,), "kernel": (0, 1)}
 def check_number(owner: str, name: str, value: Any, low: float = 0.0, high: float = math.inf) -> None:
     """Refuse a value that is not a finite number within [low, high].
 
+    A one-element tensor passes unread, as reading it may synchronise with its device.
+
     Raises:
         TypeError: not a real number.
-        ValueError: NaN, infinite or out of range.
+        ValueError: NaN, infinite or out of range, or a tensor of several elements.
     """
+    if torch.is_tensor(value):
+        if value.numel() != 1 or not value.is_floating_point():
+            raise ValueError(
+                f"{owner}: a tensor {name} must have one floating-point element, got {value.dtype} of shape "
+                f"{tuple(value.shape)}"
+            )
+        return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{owner}: {name} must be a number, got {value!r}")
     if not (low <= value <= high) or math.isinf(value):

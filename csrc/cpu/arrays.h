@@ -98,7 +98,7 @@ BREGMAN_HD C prox_point(const Arrays<Rule, T>& a, int64_t i, const Scalars<Rule,
 template <class Rule, class T, class C, bool kMasked>
 BREGMAN_HD bool finish_element(const Arrays<Rule, T>& a, const Arrays<Rule, T>& to, int64_t i,
                                const Scalars<Rule, C>& k, C q, C* s, const flag_t<C>* keep, int64_t j) {
-  C value = bregman::finish<Rule, C>(q, widen(a.grad[i]) * k.grad_scale, a.load_param(i), s, k.h);
+  C value = finish_rule<Rule, C>(q, widen(a.grad[i]) * k.grad_scale, a.load_param(i), s, k.h);
   if constexpr (kMasked) value = select(keep[j] != 0, value, C(0));
   if constexpr (Rule::kLate) {
     if constexpr (kMasked)

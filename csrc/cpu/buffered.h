@@ -86,7 +86,7 @@ void prox_any(C* z, int64_t n, Scale scales, const Penalty<C>& k) {
 }
 
 template <class Rule, class C>
-void prox_buffer(C* z, const C* scales, int64_t n, const Scalars<Rule, C>& k) {
+void prox_buffer(C* z, C* scales, int64_t n, const Scalars<Rule, C>& k) {
   if constexpr (Rule::kMetric) prox_any<C, const C*>(z, n, scales, k.elementwise);
   else prox_any<C, C>(z, n, uniform_scale<Rule, C>(k.h), k.elementwise);
 }
@@ -96,7 +96,7 @@ void run_separable_buffered(const PlanView& plan, const Item& item, const void* 
                             int32_t* counts) {
   using C = compute_t<T>;
   const TensorRecord& t = plan.records()[item.tensor];
-  const auto k = Scalars<Rule, C>::from(args);
+  const auto k = Scalars<Rule, C>::from(args.scalars, args.elementwise, args.radial);
   const Arrays<Rule, T> a(t, grad);
   alignas(64) C z[kBuffer], scales[kBuffer];
   int32_t count = 0;

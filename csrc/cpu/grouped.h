@@ -199,7 +199,7 @@ struct TileOf {
   Scratch& scratch = thread_scratch();
 
   TileOf(const TensorRecord& record, const void* grad, const StepArgs& args)
-      : t(record), k(Scalars<Rule, C>::from(args)), a(record, grad), row(t.layout.r2), rows(t.layout.rows()),
+      : t(record), k(Scalars<Rule, C>::from(args.scalars, args.elementwise, args.radial)), a(record, grad), row(t.layout.r2), rows(t.layout.rows()),
         inner(t.layout.r1), row_stride(t.layout.g2 * row), r0_stride(t.layout.g1 * inner * row_stride) {}
 
   int64_t offset(int64_t base, int64_t r) const { return base + (r / inner) * r0_stride + (r % inner) * row_stride; }

@@ -25,7 +25,7 @@ template <class Rule, class Elementwise, class T>
 void run_separable(const PlanView& plan, const Item& item, const void* grad, const StepArgs& args, int32_t* counts) {
   using C = compute_t<T>;
   const TensorRecord& t = plan.records()[item.tensor];
-  const auto k = Scalars<Rule, C>::from(args);
+  const auto k = Scalars<Rule, C>::from(args.scalars, args.elementwise, args.radial);
   Arrays<Rule, T> a(t, grad);
   int32_t count = 0;
   if (t.mask != nullptr) {

@@ -8,6 +8,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     separable_kernel(const __grid_constant__ KernelArgs<Rule, compute_t<T>> args) {
   using Part = Tile<Rule, T>;
   constexpr int V = Part::V;
+  Scalars<Rule, compute_t<T>> k;
+  if (!read_scalars(args, k)) return;
   const PlanView plan{global(args.plan)};
   const int index = args.first_item + int(blockIdx.x);
   const Item item = plan.items()[index];
@@ -16,9 +18,9 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   auto step = [&](auto full, int j, int n) {
     const int64_t i = item.begin + j;
     const uint32_t bits = tile.keep(i);
-    typename Part::C q[V];
-    tile.template point<full.value>(i, n, bits, args.k, true, q);
-    count += __popc(tile.template finish<full.value>(i, n, bits, args.k, q));
+    typename Part::C q[V], scale[V];
+    tile.template point<full.value>(i, n, bits, k, true, q, scale);
+    count += __popc(tile.template finish<full.value>(i, n, bits, k, q));
   };
 #pragma unroll 1
   for (int j = int(threadIdx.x) * V; j < item.count; j += kThreads * V) {

@@ -3,16 +3,27 @@
 // A tile is a matrix of rows of contiguous columns (plan/groups.h). Where it fits, its pre-prox points stay in shared
 // memory between the norms and the write, and memory is read and written once. Where it does not, the block walks it
 // in panels twice: once for the norms, without writing, and once more for the step (the gradient and the state are
-// then read twice).
+// then read twice). In a diagonal metric the prox scales are kept beside the points, and every step of the root
+// (math/weighted.h) is one more reduction, over what is on chip where the tile fits.
 #include "walker.cuh"
 
 namespace bregman {
 
+// What is summed over a group: the squares of its points, or the two sums of a step of the root.
+template <bool kMetric>
+using sums_t = std::conditional_t<kMetric, Sums, double>;
+
+__device__ __forceinline__ double plus(double x, double y) { return x + y; }
+__device__ __forceinline__ Sums plus(Sums x, Sums y) { return {x.a + y.a, x.b + y.b}; }
+__device__ __forceinline__ double from_lane(double x, int offset) { return __shfl_xor_sync(~0u, x, offset); }
+__device__ __forceinline__ Sums from_lane(Sums x, int offset) { return {from_lane(x.a, offset), from_lane(x.b, offset)}; }
+
 // Per-group arrays, in front of the points in dynamic shared memory.
-template <class C>
+template <class C, bool kMetric>
 struct GroupArrays {
-  double sum[kMaxGroups];
-  double partial[kWarps];
+  sums_t<kMetric> sum[kMaxGroups];
+  sums_t<kMetric> partial[kWarps];
+  double norm[kMetric ? kMaxGroups : 1];
   C factor[kMaxGroups];
   int alive[kMaxGroups];
 };
@@ -62,10 +73,11 @@ struct Panel {
   }
 };
 
-// Adds the squares of a panel's points to the sums of its groups: a team of neighbouring threads per group, in an
+// Adds terms(j, group) of a panel's points to the sums of their groups: a team of neighbouring threads per group, in an
 // order that depends on the panel's shape alone.
-template <class C>
-__device__ __forceinline__ void add_norms(const C* z, int panel, const TileGeometry& tile, GroupArrays<C>& arrays, bool first) {
+template <class C, bool kMetric, class Terms>
+__device__ __forceinline__ void add_sums(int panel, const TileGeometry& tile, GroupArrays<C, kMetric>& arrays, bool first,
+                                         Terms terms) {
   // With a single group a panel may end within a row; it is one run then.
   const int row = tile.groups == 1 ? panel : tile.row;
   const int length = tile.groups == 1 ? panel : panel / tile.columns * tile.row;
@@ -74,23 +86,21 @@ __device__ __forceinline__ void add_norms(const C* z, int panel, const TileGeome
   const int teams = kThreads / team, lane = int(threadIdx.x) % team;
   for (int start = 0; start < tile.groups; start += teams) {
     const int group = start + int(threadIdx.x) / team;
-    double sum = 0;
+    sums_t<kMetric> sum{};
     if (group < tile.groups)
-      for (int j = lane; j < length; j += team) {
-        const double value = double(z[(j / row) * tile.columns + group * tile.row + j % row]);
-        sum += value * value;
-      }
-    for (int offset = (team < 32 ? team : 32) / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
+      for (int j = lane; j < length; j += team)
+        sum = plus(sum, terms((j / row) * tile.columns + group * tile.row + j % row, group));
+    for (int offset = (team < 32 ? team : 32) / 2; offset > 0; offset /= 2) sum = plus(sum, from_lane(sum, offset));
     if (team > 32) {
       if (threadIdx.x % 32 == 0) arrays.partial[threadIdx.x / 32] = sum;
       __syncthreads();
       if (lane == 0) {
-        sum = 0;
-        for (int w = 0; w < team / 32; ++w) sum += arrays.partial[threadIdx.x / 32 + w];
+        sum = {};
+        for (int w = 0; w < team / 32; ++w) sum = plus(sum, arrays.partial[threadIdx.x / 32 + w]);
       }
       __syncthreads();
     }
-    if (lane == 0 && group < tile.groups) arrays.sum[group] = first ? sum : arrays.sum[group] + sum;
+    if (lane == 0 && group < tile.groups) arrays.sum[group] = first ? sum : plus(arrays.sum[group], sum);
   }
 }
 
@@ -99,10 +109,14 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) tile_kernel(const __grid
   using Part = Tile<Rule, T>;
   using C = typename Part::C;
   constexpr int V = Part::V;
+  constexpr bool kMetric = Rule::kMetric;
+  using Shared = GroupArrays<C, kMetric>;
   BREGMAN_DYNAMIC_SHARED(unsigned char, memory);
-  GroupArrays<C>& arrays = *reinterpret_cast<GroupArrays<C>*>(memory);
-  C* z = reinterpret_cast<C*>(memory + sizeof(GroupArrays<C>));
+  Shared& arrays = *reinterpret_cast<Shared*>(memory);
+  C* z = reinterpret_cast<C*>(memory + sizeof(Shared));
 
+  Scalars<Rule, compute_t<T>> k;
+  if (!read_scalars(args, k)) return;
   const PlanView plan{global(args.plan)};
   const int index = args.first_item + int(blockIdx.x);
   const Item item = plan.items()[index];
@@ -128,37 +142,65 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) tile_kernel(const __grid
     }
   };
 
-  for (int64_t start = 0; start < tile.elements; start += panel_size) {
-    const Panel panel(tile, start, panel_size);
-    walk(panel, [&](auto full, int64_t i, int, int j, int n) {
-      C points[V];
-      part.template point<full.value>(i, n, part.keep(i), args.k, fits, points);
+  C* scales = z + panel_size;
+  // Sums terms(j, group) over all groups; points that do not stay on chip are computed again.
+  bool loaded = false;
+  auto reduce = [&](auto terms) {
+    for (int64_t start = 0; start < tile.elements; start += panel_size) {
+      const Panel panel(tile, start, panel_size);
+      if (!loaded)
+        walk(panel, [&](auto full, int64_t i, int, int j, int n) {
+          C points[V], scale[V];
+          part.template point<full.value>(i, n, part.keep(i), k, fits, points, scale);
 #pragma unroll
-      for (int m = 0; m < V; ++m)
-        if (full.value || m < n) z[j + m] = points[m];
-    });
+          for (int m = 0; m < V; ++m)
+            if (full.value || m < n) {
+              z[j + m] = points[m];
+              if constexpr (kMetric) scales[j + m] = scale[m];
+            }
+        });
+      loaded = fits;
+      __syncthreads();
+      add_sums(panel.size, tile, arrays, start == 0, terms);
+      __syncthreads();
+    }
+  };
+  auto for_groups = [&](auto f) {
+    for (int g = int(threadIdx.x); g < tile.groups; g += kThreads) f(g);
     __syncthreads();
-    add_norms(z, panel.size, tile, arrays, start == 0);
-    __syncthreads();
-  }
+  };
 
-  const C scale = uniform_scale<Rule, C>(args.k.h) * C(part.t.weight);
-  for (int g = int(threadIdx.x); g < tile.groups; g += kThreads) {
-    arrays.factor[g] = radial_factor<AnyPenalty>(C(square_root(arrays.sum[g])), scale, args.k.radial);
-    arrays.alive[g] = 0;
+  if constexpr (kMetric) {
+    Line<C> line{};
+    line_of(k.radial, C(part.t.weight), line);
+    reduce([&](int j, int) { return start_terms(z[j], scales[j]); });
+    for_groups([&](int g) { arrays.norm[g] = root_start(arrays.sum[g], line); });
+#pragma unroll 1
+    for (int step = 0; step < kRootSteps<C>; ++step) {
+      reduce([&](int j, int g) { return step_terms(z[j], scales[j], C(arrays.norm[g]), line); });
+      for_groups([&](int g) { arrays.norm[g] = root_step(arrays.norm[g], arrays.sum[g]); });
+    }
+    for_groups([&](int g) { arrays.factor[g] = root_rho(arrays.norm[g], line); });
+  } else {
+    const C scale = uniform_scale<Rule, C>(k.h) * C(part.t.weight);
+    reduce([&](int j, int) { return double(z[j]) * double(z[j]); });
+    for_groups([&](int g) { arrays.factor[g] = radial_factor<AnyPenalty>(C(square_root(arrays.sum[g])), scale, k.radial); });
   }
-  __syncthreads();
+  for_groups([&](int g) { arrays.alive[g] = 0; });
 
   int count = 0;
   for (int64_t start = 0; start < tile.elements; start += panel_size) {
     walk(Panel(tile, start, panel_size), [&](auto full, int64_t i, int column, int j, int n) {
       const uint32_t bits = part.keep(i);
-      C q[V];
+      C q[V], scale[V];
       if (fits) {
 #pragma unroll
-        for (int m = 0; m < V; ++m) q[m] = full.value || m < n ? z[j + m] : C(0);
+        for (int m = 0; m < V; ++m) {
+          q[m] = full.value || m < n ? z[j + m] : C(0);
+          if constexpr (kMetric) scale[m] = full.value || m < n ? scales[j + m] : C(0);
+        }
       } else {
-        part.template point<full.value>(i, n, bits, args.k, true, q);
+        part.template point<full.value>(i, n, bits, k, true, q, scale);
       }
       // The first group is divided out once; its successors are counted.
       int group = tile.groups == 1 ? 0 : column / tile.row, left = (group + 1) * tile.row - column;
@@ -166,10 +208,13 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) tile_kernel(const __grid
 #pragma unroll
       for (int m = 0; m < V; ++m) {
         groups_of[m] = group;
-        if (full.value || m < n) q[m] *= arrays.factor[group];
+        if (full.value || m < n) {
+          if constexpr (kMetric) q[m] = shrink_weighted(q[m], scale[m], arrays.factor[group]);
+          else q[m] *= arrays.factor[group];
+        }
         if (tile.groups > 1 && --left == 0) ++group, left = tile.row;
       }
-      const uint32_t alive = part.template finish<full.value>(i, n, bits, args.k, q);
+      const uint32_t alive = part.template finish<full.value>(i, n, bits, k, q);
       count += __popc(alive);
       if (args.counts != nullptr) {
 #pragma unroll
@@ -198,7 +243,7 @@ cudaError_t step_tiles(const PlanView& plan, const void* device_plan, const void
       using T = decltype(storage);
       using C = compute_t<T>;
       const int64_t points = std::min(plan.header().scratch_elements, plan.header().tile_capacity);
-      const size_t bytes = sizeof(GroupArrays<C>) + size_t(points) * sizeof(C);
+      const size_t bytes = sizeof(GroupArrays<C, Rule::kMetric>) + size_t(points) * sizeof(C) * (1 + Rule::kMetric);
       return for_launches<Rule, C>(plan, device_plan, grads, args, counts, [&](const auto& kernel_args, dim3 blocks) {
         return launch(tile_kernel<Rule, T>, blocks, dim3(kThreads), bytes, stream, kernel_args);
       });

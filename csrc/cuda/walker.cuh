@@ -5,6 +5,7 @@
 #include "../math/radial.h"
 #include "../math/rule_list.h"
 #include "../math/scalars.h"
+#include "../math/weighted.h"
 #include "step.h"
 #include "tuning.h"
 
@@ -14,6 +15,7 @@ template <class Rule, class C>
 struct KernelArgs {
   const char* plan;
   int32_t* counts;
+  const double* live;  // scalars to read from the device instead of k, or null
   Scalars<Rule, C> k;
   int32_t first_item, first_tensor;
   const void* grads[kMaxGrads];
@@ -25,6 +27,16 @@ __device__ __forceinline__ P* global(P* p) {
   __builtin_assume(__isGlobal(p));  // pointers from a table would get generic accesses
 #endif
   return p;
+}
+
+// The scalars of a step; false when it is to be skipped.
+template <class Rule, class C>
+__device__ __forceinline__ bool read_scalars(const KernelArgs<Rule, C>& args, Scalars<Rule, C>& k) {
+  k = args.k;
+  if (args.live == nullptr) return true;
+  const double* live = global(args.live);
+  k = Scalars<Rule, C>::from(live, k.elementwise.kind, k.radial.kind);
+  return live[0] == 0;
 }
 
 __device__ __forceinline__ bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
@@ -116,10 +128,10 @@ struct Tile {
     }
   }
 
-  // z with the elementwise prox applied; the new state is stored when `commit`.
+  // The point with the elementwise prox applied, and its prox scale; the new state is stored when `commit`.
   template <bool kFull>
   __device__ __forceinline__ void point(int64_t i, int n, uint32_t bits, const Scalars<Rule, C>& k, bool commit,
-                                        C (&z)[V]) const {
+                                        C (&z)[V], C (&scale)[V]) const {
     T g[V];
     C p[V], s[kMaxSlots][V];
     load<kFull>(grad, i, n, grad_vectors, g);
@@ -132,14 +144,15 @@ struct Tile {
 #pragma unroll
       for (int m = 0; m < kSlots; ++m) one[m] = s[m][j];
       const C gradient = widen(g[j]) * k.grad_scale;
-      Rule::update(gradient, p[j], one, k.h);
+      if constexpr (!Rule::kLate) Rule::update(gradient, p[j], one, k.h);
       const Point<C> r = Rule::point(gradient, p[j], one, k.h);
       const bool kept = (bits >> j) & 1;
       z[j] = prox(kept ? r.z : C(0), r.scale, k.elementwise);
+      scale[j] = r.scale;
 #pragma unroll
       for (int m = 0; m < kSlots; ++m) s[m][j] = kept ? one[m] : C(0);
     }
-    if (commit) {
+    if (commit && !Rule::kLate) {
 #pragma unroll
       for (int m = 0; m < kSlots; ++m) store<kFull>(slot(m), i, n, s[m]);
     }
@@ -150,8 +163,9 @@ struct Tile {
   __device__ __forceinline__ uint32_t finish(int64_t i, int n, uint32_t bits, const Scalars<Rule, C>& k,
                                              const C (&q)[V]) const {
     C p[V], s[kMaxSlots][V], value[V];
-    T raw[V];
+    T raw[V], g[V];
     load_param<kFull>(i, n, p);
+    if constexpr (Rule::kLate) load<kFull>(grad, i, n, grad_vectors, g);
 #pragma unroll
     for (int m = 0; m < kSlots; ++m) load<kFull>(static_cast<const C*>(slot(m)), i, n, true, s[m]);
     uint32_t alive = 0;
@@ -160,9 +174,18 @@ struct Tile {
       C one[kMaxSlots];
 #pragma unroll
       for (int m = 0; m < kSlots; ++m) one[m] = s[m][j];
-      value[j] = (bits >> j) & 1 ? Rule::finish(q[j], p[j], one, k.h) : C(0);
+      const bool kept = (bits >> j) & 1;
+      const C gradient = Rule::kLate ? widen(g[j]) * k.grad_scale : C(0);
+      value[j] = finish_rule<Rule, C>(q[j], gradient, p[j], one, k.h);
+      if (!kept) value[j] = C(0);
+#pragma unroll
+      for (int m = 0; m < kSlots; ++m) s[m][j] = kept ? one[m] : C(0);
       narrow(value[j], raw[j]);
       if (j < n && nonzero(raw[j])) alive |= 1u << j;
+    }
+    if constexpr (Rule::kLate) {
+#pragma unroll
+      for (int m = 0; m < kSlots; ++m) store<kFull>(slot(m), i, n, s[m]);
     }
     store<kFull>(param(), i, n, raw);
     if constexpr (kMaster) store<kFull>(slot(kSlots), i, n, value);
@@ -191,7 +214,11 @@ cudaError_t for_launches(const PlanView& plan, const void* device_plan, const vo
   KernelArgs<Rule, C> kernel_args;
   kernel_args.plan = static_cast<const char*>(device_plan);
   kernel_args.counts = counts;
-  kernel_args.k = Scalars<Rule, C>::from(args);
+  kernel_args.live = args.on_device ? args.scalars : nullptr;
+  kernel_args.k = {};
+  kernel_args.k.elementwise.kind = args.elementwise;
+  kernel_args.k.radial.kind = args.radial;
+  if (!args.on_device) kernel_args.k = Scalars<Rule, C>::from(args.scalars, args.elementwise, args.radial);
   int64_t item = 0;
   while (item < header.items) {
     const int32_t first_tensor = plan.items()[item].tensor;

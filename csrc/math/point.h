@@ -21,7 +21,7 @@ struct Point {
 
 // The new parameter, and for a late rule the new state.
 template <class Rule, class C>
-BREGMAN_HD C finish(C q, C grad, C param, C* state, const typename Rule::template Hyper<C>& h) {
+BREGMAN_HD C finish_rule(C q, C grad, C param, C* state, const typename Rule::template Hyper<C>& h) {
   if constexpr (Rule::kLate) return Rule::finish(q, grad, param, state, h);
   else return Rule::finish(q, param, state, h);
 }

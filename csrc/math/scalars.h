@@ -1,6 +1,8 @@
 // Everything of a step that is the same for all elements, in the compute type.
 #pragma once
 
+#include <cstring>
+
 #include "penalty.h"
 
 BREGMAN_BEGIN
@@ -12,14 +14,14 @@ struct Scalars {
   Hyper h;
   Penalty<C> elementwise, radial;
 
-  template <class Args>  // a StepArgs
-  static Scalars from(const Args& args) {
+  // From the layout of a StepArgs; whether to skip the step is the caller's business.
+  BREGMAN_HD static Scalars from(const double* scalars, int elementwise, int radial) {
     constexpr int n = sizeof(Hyper) / sizeof(C);
     C values[n];
-    for (int i = 0; i < n; ++i) values[i] = C(args.scalars[1 + i]);
-    const double* k = args.scalars + 1 + n;
-    Scalars s{C(args.scalars[0]), {}, {args.elementwise, C(k[0]), C(k[1])}, {args.radial, C(k[2]), C(k[3])}};
-    __builtin_memcpy(&s.h, values, sizeof(values));
+    for (int i = 0; i < n; ++i) values[i] = C(scalars[2 + i]);
+    const double* k = scalars + 2 + n;
+    Scalars s{C(scalars[1]), {}, {elementwise, C(k[0]), C(k[1])}, {radial, C(k[2]), C(k[3])}};
+    memcpy(&s.h, values, sizeof(values));
     return s;
   }
 };

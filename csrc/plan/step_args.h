@@ -7,7 +7,8 @@ namespace bregman {
 
 struct StepArgs {
   int elementwise, radial;  // penalty ids
-  const double* scalars;    // grad_scale, the rule's Hyper, two parameters of each penalty
+  const double* scalars;    // skip, grad_scale, the rule's Hyper, two parameters of each penalty
+  bool on_device;           // they lie in the memory of the tensors' device: a captured graph reads them anew
 };
 
 }  // namespace bregman

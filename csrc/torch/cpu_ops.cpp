@@ -18,26 +18,21 @@ constexpr int64_t kGrainElements = 16384;
 Tensor plan_cpu(const Tensors params, const Tensors state, const Tensors masks, const std::vector<int64_t> group_dims,
                 const std::vector<double> weights, int64_t rule) {
   STD_TORCH_CHECK(!params.empty(), "a plan needs at least one tensor");
-  int64_t id = 0, arrays = 1 + int64_t(state.size() / params.size());
-#define X(Functor, name) \
-  if (rule == id++) arrays += Functor::kReadsParam;
-  BREGMAN_RULES(X)
-#undef X
+  const int64_t arrays = 1 + int64_t(state.size() / params.size()) + rule_traits(rule, false).reads_param;
   return plan_tensor(params, state, masks, group_dims, weights, rule, cpu_tuning(arrays * params[0].element_size()));
 }
 
 std::string isa() { return best_isa().name; }
 
 int64_t step_cpu(const Tensor plan_blob, const Tensor, const Tensors grads, const Tensor counts,
-                 const std::vector<int64_t> kinds, const std::vector<double> scalars) {
+                 const std::vector<int64_t> kinds, const std::vector<double> scalars, const Tensor live) {
   PlanView plan{static_cast<const char*>(plan_blob.data_ptr())};
-  check_step(plan, counts, kinds, scalars);
+  const StepArgs args = check_step(plan, counts, kinds, scalars, live);
   std::vector<const void*> pointers;
   if (int64_t odd = check_grads(plan, grads, pointers); odd >= 0) return odd;
   const PlanHeader& header = plan.header();
-  if (header.items == 0) return -1;
+  if (header.items == 0 || args.scalars[0] != 0) return -1;
   int32_t* out = counts.numel() ? static_cast<int32_t*>(counts.data_ptr()) : nullptr;
-  StepArgs args{int(kinds[1]), int(kinds[2]), scalars.data()};
   const int64_t per_item = std::max<int64_t>(1, header.elements / header.items);
   torch::stable::parallel_for(0, header.items, std::max<int64_t>(1, kGrainElements / per_item),
                               [&](int64_t begin, int64_t end) {

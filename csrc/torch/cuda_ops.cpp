@@ -20,18 +20,19 @@ namespace {
 Tensor plan_cuda(const Tensors params, const Tensors state, const Tensors masks, const std::vector<int64_t> group_dims,
                  const std::vector<double> weights, int64_t rule) {
   STD_TORCH_CHECK(!params.empty(), "a plan needs at least one tensor");
-  const int64_t bytes = dtype_of(params[0]) == DType::f64 ? 8 : 4;
+  int64_t bytes = dtype_of(params[0]) == DType::f64 ? 8 : 4;
+  if (rule_traits(rule, false).metric) bytes *= 2;  // a point and its prox scale
   const Tuning tuning = cuda_tuning(bytes, tile_bytes(int(params[0].get_device())));
   return plan_tensor(params, state, masks, group_dims, weights, rule, tuning);
 }
 
 int64_t step_op(const Tensor plan_blob, const Tensor device_plan, const Tensors grads, const Tensor counts,
-                const std::vector<int64_t> kinds, const std::vector<double> scalars) {
+                const std::vector<int64_t> kinds, const std::vector<double> scalars, const Tensor live) {
   PlanView plan{static_cast<const char*>(plan_blob.data_ptr())};
-  check_step(plan, counts, kinds, scalars);
+  const StepArgs args = check_step(plan, counts, kinds, scalars, live);
   std::vector<const void*> pointers;
   if (int64_t odd = check_grads(plan, grads, pointers); odd >= 0) return odd;
-  if (plan.header().items == 0) return -1;
+  if (plan.header().items == 0 || (!args.on_device && args.scalars[0] != 0)) return -1;
   cudaStream_t stream = nullptr;
 #ifndef BREGMAN_EMULATE
   torch::stable::accelerator::DeviceGuard guard(device_plan.get_device_index());
@@ -40,7 +41,6 @@ int64_t step_op(const Tensor plan_blob, const Tensor device_plan, const Tensors 
   stream = static_cast<cudaStream_t>(current);
 #endif
   int32_t* out = counts.numel() ? static_cast<int32_t*>(counts.data_ptr()) : nullptr;
-  StepArgs args{int(kinds[1]), int(kinds[2]), scalars.data()};
   const cudaError_t status = step_cuda(plan, device_plan.data_ptr(), pointers.data(), args, out, stream);
   STD_TORCH_CHECK(status == cudaSuccess, "the kernel launch failed: ", cudaGetErrorString(status));
   return -1;

@@ -12,7 +12,7 @@
 
 #include "../math/penalty_list.h"
 #include "../math/rule_list.h"
-#include "../plan/plan.h"
+#include "../plan/step_args.h"
 
 namespace bregman {
 
@@ -21,7 +21,8 @@ using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
 // Ops mutate through the addresses in the plan; `step` returns the index of a gradient whose memory layout differs
-// from its parameter's (nothing was changed then), or -1.
+// from its parameter's (nothing was changed then), or -1. The scalars are numbers, or, when these are none, the float64
+// tensor `live` on the parameters' device, which kernels read when they run: in a captured graph, at every replay.
 #define BREGMAN_SCHEMA(m)                                                                                          \
   m.def("describe() -> str");                                                                                      \
   m.def("isa() -> str");                                                                                           \
@@ -30,7 +31,8 @@ using Tensors = std::vector<Tensor>;
       "plan(Tensor[] params, Tensor[] state, Tensor[] masks, int[] group_dims, float[] weights, int rule) -> Tensor"); \
   m.def("plan_items(Tensor plan) -> Tensor");                                                                      \
   m.def(                                                                                                           \
-      "step(Tensor plan, Tensor device_plan, Tensor[] grads, Tensor(a!) counts, int[] kinds, float[] scalars) -> int")
+      "step(Tensor plan, Tensor device_plan, Tensor[] grads, Tensor(a!) counts, int[] kinds, float[] scalars, "       \
+      "Tensor live) -> int")
 
 // One line per rule and penalty, from the lists: Python resolves names with it.
 inline std::string describe() {
@@ -69,13 +71,21 @@ inline DType dtype_of(const Tensor& t) {
   return DType::f32;
 }
 
-inline void check_rule(int64_t rule, bool sixteen_bits, size_t& slots) {
+// What a plan depends on of a rule.
+struct RuleTraits {
+  size_t slots;  // state tensors, a 16-bit parameter's master included
+  bool reads_param, metric;
+};
+
+inline RuleTraits rule_traits(int64_t rule, bool sixteen_bits) {
   int64_t id = 0;
 #define X(Functor, name) \
-  if (rule == id++) slots = Functor::kStateSlots + (Functor::kReadsParam && sixteen_bits);
+  if (rule == id++) \
+    return {Functor::kStateSlots + size_t(Functor::kReadsParam && sixteen_bits), Functor::kReadsParam, Functor::kMetric};
   BREGMAN_RULES(X)
 #undef X
-  STD_TORCH_CHECK(rule >= 0 && rule < id, "rule ", rule, " is not one of the ", id, " compiled rules");
+  STD_TORCH_CHECK(false, "rule ", rule, " is not one of the ", id, " compiled rules");
+  return {};
 }
 
 inline Tensor plan_tensor(const Tensors& params, const Tensors& state, const Tensors& masks,
@@ -85,8 +95,7 @@ inline Tensor plan_tensor(const Tensors& params, const Tensors& state, const Ten
   STD_TORCH_CHECK(n > 0, "a plan needs at least one tensor");
   const DType dtype = dtype_of(params[0]);
   const bool sixteen = dtype == DType::bf16 || dtype == DType::fp16;
-  size_t slots = 0;
-  check_rule(rule, sixteen, slots);
+  const size_t slots = rule_traits(rule, sixteen).slots;
   STD_TORCH_CHECK(state.size() == n * slots, "expected ", n * slots, " state tensors (", slots, " for each of ", n,
                   " parameters), got ", state.size());
   STD_TORCH_CHECK(masks.size() == n && group_dims.size() == n && weights.size() == n, "expected ", n,
@@ -152,20 +161,26 @@ inline int64_t check_grads(const PlanView& plan, const Tensors& grads, std::vect
   return -1;
 }
 
-inline void check_step(const PlanView& plan, const Tensor& counts, const std::vector<int64_t>& kinds,
-                       const std::vector<double>& scalars) {
+inline StepArgs check_step(const PlanView& plan, const Tensor& counts, const std::vector<int64_t>& kinds,
+                           const std::vector<double>& scalars, const Tensor& live) {
   size_t hypers = 0;
   int64_t id = 0;
 #define X(Functor, name) \
   if (plan.header().rule == id++) hypers = sizeof(Functor::Hyper<double>) / sizeof(double);
   BREGMAN_RULES(X)
 #undef X
+  const size_t wanted = 2 + hypers + 4;
   STD_TORCH_CHECK(kinds.size() == 3 && kinds[0] == plan.header().rule, "kinds must be [rule, elementwise, radial], with "
                   "the plan's rule ", plan.header().rule);
-  STD_TORCH_CHECK(scalars.size() == 1 + hypers + 4, "expected ", 1 + hypers + 4, " scalars, got ", scalars.size());
+  STD_TORCH_CHECK(scalars.size() == wanted || (scalars.empty() && size_t(live.numel()) == wanted &&
+                                               live.scalar_type() == ScalarType::Double && live.is_contiguous()),
+                  "expected ", wanted, " scalars, as numbers or as a float64 tensor, got ", scalars.size(), " and ",
+                  live.numel());
   STD_TORCH_CHECK(counts.numel() == 0 || (counts.numel() == 2 * plan.header().items &&
                                           counts.scalar_type() == ScalarType::Int && counts.is_contiguous()),
                   "counts must be empty or int32 of shape (", plan.header().items, ", 2)");
+  const double* values = scalars.empty() ? static_cast<const double*>(live.data_ptr()) : scalars.data();
+  return {int(kinds[1]), int(kinds[2]), values, scalars.empty()};
 }
 
 }  // namespace bregman

@@ -22,7 +22,7 @@ Scratch& bregman::thread_scratch() {
 }
 
 inline void cpu_step(const PlanView& plan, const void* const* grads, const StepArgs& args, int32_t* counts) {
-  run_items_base(plan, grads, args, counts, 0, plan.header().items);
+  if (args.scalars[0] == 0) run_items_base(plan, grads, args, counts, 0, plan.header().items);  // as its op does
 }
 
 inline Tuning cpu_tuning(int64_t) { return random_tuning(); }
