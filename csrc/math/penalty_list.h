@@ -2,15 +2,25 @@
 #pragma once
 
 #include "penalties/elastic_net.h"
+#include "penalties/l0.h"
 #include "penalties/l1.h"
+#include "penalties/l_half.h"
+#include "penalties/l_two_thirds.h"
+#include "penalties/mcp.h"
 #include "penalties/none.h"
 #include "penalties/nonneg_l1.h"
+#include "penalties/scad.h"
 
 #define BREGMAN_PENALTIES(X)    \
   X(NoPenalty, none)            \
   X(L1, l1)                     \
   X(NonnegL1, nonneg_l1)        \
-  X(ElasticNet, elastic_net)
+  X(ElasticNet, elastic_net)    \
+  X(L0, l0)                     \
+  X(LHalf, l_half)              \
+  X(LTwoThirds, l_two_thirds)   \
+  X(MCP, mcp)                   \
+  X(SCAD, scad)
 
 BREGMAN_BEGIN
 
