@@ -198,8 +198,8 @@ def test_prox_of_the_initial_dual_is_the_parameter(driver, rule, reg, dtype):
 @pytest.mark.parametrize("rule", [name for name, case in registry.RULES.items() if case.dual])
 def test_a_dual_asks_for_a_convex_regularizer(rule):
     """When the optimizer is made, when a group joins, and when the regularizer is exchanged between steps."""
-    make, p = registry.RULES[rule].make, torch.nn.Parameter(torch.ones(4, 3))
-    p.grad = torch.ones(4, 3)
+    make, p = registry.RULES[rule].make, torch.nn.Parameter(torch.ones(4, 3, 2))
+    p.grad = torch.ones(4, 3, 2)
     for name in registry.PENALTIES:
         reg = registry.PENALTIES[name]()
         if registry.takes(rule, name):
@@ -210,7 +210,7 @@ def test_a_dual_asks_for_a_convex_regularizer(rule):
             make([p], reg)
         optimizer = make([p], L1(0.1))
         with pytest.raises(ValueError, match=message):
-            optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(4, 3))], "reg": reg})
+            optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(4, 3, 2))], "reg": reg})
         optimizer.param_groups[0]["reg"] = reg
         with pytest.raises(ValueError, match=message):
             optimizer.step()
