@@ -44,9 +44,10 @@ class MCP(Separable):
     def _scalar_prox(self, x: Tensor, scale: Tensor) -> Tensor:
         lam, gamma = scale.new_full((), self.lam), scale.new_full((), self.gamma)  # in the dtype that kernels use
         a, threshold, flat, slack = x.abs(), scale * lam, lam * gamma, gamma - scale
-        soft = x - x.clamp(-threshold, threshold)
-        shrunk = torch.where(slack > 0, soft * (gamma / slack), 0.0)
-        end = torch.where(slack > 0, flat, flat * (threshold / a))
+        convex = slack > 0
+        ratio = torch.where(convex, gamma, threshold) / torch.where(convex, slack, a)
+        shrunk = torch.where(convex, (x - x.clamp(-threshold, threshold)) * ratio, 0.0)
+        end = torch.where(convex, flat, flat * ratio)
         return torch.where(a <= end, shrunk, x)  # NaN stays
 
     def _slope(self, x: Tensor) -> Tensor:

@@ -46,9 +46,11 @@ class SCAD(Separable):
         a, threshold, slack, both = x.abs(), scale * lam, (b - 1) - scale, b + 1
         soft = x - x.clamp(-threshold, threshold)
         beyond = soft - soft.clamp(-lam, lam)
-        shrunk = soft + torch.where(slack > 0, beyond * (scale / slack), 0.0)
-        end = torch.where(scale < both, 0.5 * (lam * (both + scale)), lam * both * (threshold / a))
-        end = torch.where(slack > 0, lam * b, end)
+        convex = slack > 0
+        ratio = torch.where(convex, scale, threshold) / torch.where(convex, slack, a)
+        shrunk = soft + torch.where(convex, beyond * ratio, 0.0)
+        end = torch.where(scale < both, 0.5 * (lam * (both + scale)), lam * both * ratio)
+        end = torch.where(convex, lam * b, end)
         return torch.where(a <= end, shrunk, x)  # NaN stays
 
     def _slope(self, x: Tensor) -> Tensor:

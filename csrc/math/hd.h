@@ -45,6 +45,19 @@ BREGMAN_HD C select(bool condition, C a, C b) {
 #endif
 }
 
+// `value`, which nvcc takes for one that varies with `with`: else it computes every penalty's constants before the loop
+// and keeps them in registers, whichever penalty is applied.
+template <class C>
+BREGMAN_HD C varying(C value, [[maybe_unused]] C with) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(C) == 8)
+    asm("" : "+d"(value) : "d"(with));
+  else
+    asm("" : "+f"(value) : "f"(with));
+#endif
+  return value;
+}
+
 BREGMAN_HD float absolute(float x) { return fabsf(x); }
 BREGMAN_HD double absolute(double x) { return fabs(x); }
 

@@ -32,7 +32,10 @@ enum class PenaltyKind : int {
 
 // The prox chosen at run time: uniform over a CUDA launch, once per group on the CPU.
 template <class C>
-BREGMAN_HD C prox(C x, C scale, const Penalty<C>& k) {
+BREGMAN_HD C prox(C x, C scale, Penalty<C> k) {
+  scale = varying(scale, x);
+  k.a = varying(k.a, x);
+  k.b = varying(k.b, x);
   switch (PenaltyKind(k.kind)) {
 #define X(Functor, name) \
   case PenaltyKind::name: \

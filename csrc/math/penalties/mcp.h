@@ -13,9 +13,9 @@ struct MCP {
     C a = absolute(x), threshold = scale * k.a, flat = k.a * k.b, slack = k.b - scale;
     // slack <= 0: the objective is concave below `flat`, and its minimum 0 or x: hard threshold at lam sqrt(gamma scale).
     bool convex = slack > C(0);
-    C soft = x - clamp(x, -threshold, threshold);
-    C shrunk = select(convex, soft * (k.b / slack), C(0));
-    C end = select(convex, flat, flat * (threshold / a));
+    C ratio = select(convex, k.b, threshold) / select(convex, slack, a);  // one division serves both
+    C shrunk = select(convex, (x - clamp(x, -threshold, threshold)) * ratio, C(0));
+    C end = select(convex, flat, flat * ratio);
     return select(a <= end, shrunk, x);  // NaN stays
   }
 };
