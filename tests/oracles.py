@@ -14,27 +14,44 @@ PHI: dict[str, Callable[..., float]] = {
     "L1": lambda x, lam: lam * abs(x),
     "NonnegL1": lambda x, lam: lam * x if x >= 0 else math.inf,
     "ElasticNet": lambda x, lam, l2: lam * abs(x) + 0.5 * l2 * x * x,
+    "L0": lambda x, lam: lam * (x != 0),
+    "LHalf": lambda x, lam: lam * math.sqrt(abs(x)),
+    "LTwoThirds": lambda x, lam: lam * abs(x) ** (2 / 3),
+    "MCP": lambda x, lam, gamma: (
+        lam * abs(x) - x * x / (2 * gamma) if abs(x) <= gamma * lam else 0.5 * gamma * lam * lam
+    ),
+    "SCAD": lambda x, lam, a: (
+        lam * abs(x)
+        if abs(x) <= lam
+        else (2 * a * lam * abs(x) - x * x - lam * lam) / (2 * (a - 1))
+        if abs(x) <= a * lam
+        else 0.5 * lam * lam * (a + 1)
+    ),
 }
 
 
 def least_objective(phi: Callable[[float], float], x: float, step: float) -> float:
-    """min over z of step * phi(z) + (z - x)^2 / 2: a grid that holds 0 and x, then golden sections around the best."""
+    """min over z of step * phi(z) + (z - x)^2 / 2: a grid that holds 0 and x, then golden sections around each of its
+    local minima (an objective that is not convex has several)."""
 
     def objective(z: float) -> float:
         return step * phi(z) + 0.5 * (z - x) ** 2
 
     reach = abs(x) + 1.0
     grid = sorted({*np.linspace(-reach, reach, 401).tolist(), 0.0, x})
-    best = min(range(len(grid)), key=lambda i: objective(grid[i]))
-    low, high = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
-    least = objective(grid[best])
-    for _ in range(80):
-        left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
-        if objective(left) <= objective(right):
-            high = right
-        else:
-            low = left
-        least = min(least, objective(left), objective(right))
+    at = [math.inf, *map(objective, grid), math.inf]
+    least = min(at)
+    for i in range(len(grid)):
+        if not at[i] >= at[i + 1] <= at[i + 2]:
+            continue
+        low, high = grid[max(i - 1, 0)], grid[min(i + 1, len(grid) - 1)]
+        for _ in range(80):
+            left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
+            if objective(left) <= objective(right):
+                high = right
+            else:
+                low = left
+            least = min(least, objective(left), objective(right))
     return least
 
 

@@ -11,11 +11,21 @@ import torch
 from torch import Tensor
 
 from bregman_cuda import (
+    L0,
     L1,
+    MCP,
+    SCAD,
     AdaBreg,
     ElasticNet,
+    GroupL0,
     GroupLasso,
+    GroupLHalf,
+    GroupLTwoThirds,
+    GroupMCP,
+    GroupSCAD,
+    LHalf,
     LinBreg,
+    LTwoThirds,
     NonnegL1,
     ProxSGD,
     Regularizer,
@@ -64,6 +74,11 @@ SCALAR = {
     "l1": RegCase(L1),
     "nonneg_l1": RegCase(NonnegL1),
     "elastic_net": RegCase(lambda lam: ElasticNet(lam, 0.7)),
+    "l0": RegCase(L0),
+    "l_half": RegCase(LHalf),
+    "l_two_thirds": RegCase(LTwoThirds),
+    "mcp": RegCase(lambda lam: MCP(lam, 1.5)),
+    "scad": RegCase(lambda lam: SCAD(lam, 2.5)),
 }
 GROUP = {
     "group_out": RegCase(lambda lam: GroupLasso(lam, "out"), 1),
@@ -74,6 +89,11 @@ GROUP = {
     "group_all": RegCase(lambda lam: GroupLasso(lam, (), "none"), 0),
     "sparse_group_out": RegCase(lambda lam: SparseGroupLasso(lam, 0.4, "out"), 1),
     "sparse_group_in": RegCase(lambda lam: SparseGroupLasso(lam, 0.5, "in"), 2),
+    "group_l0": RegCase(GroupL0, 1),
+    "group_l_half": RegCase(lambda lam: GroupLHalf(lam, "in"), 2),
+    "group_l_two_thirds": RegCase(lambda lam: GroupLTwoThirds(lam, "kernel", "none"), 2),
+    "group_mcp": RegCase(lambda lam: GroupMCP(lam, 3.0, "in", "none"), 2),
+    "group_scad": RegCase(lambda lam: GroupSCAD(lam, 3.7), 1),
 }
 
 
@@ -102,6 +122,17 @@ NONE = {"none": RegCase(lambda lam: None)}
 ADDED = _unlisted()
 REGULARIZERS = {**NONE, **SCALAR, **GROUP, **ADDED}
 PENALTIES = {**SCALAR, **GROUP, **ADDED}  # all but None
+SINGULAR = ("l0", "l_half", "l_two_thirds")  # infinitely steep at zero, by themselves or on norms: lam_max is 0
+KINKED = {name: case for name, case in PENALTIES.items() if name.removeprefix("group_") not in SINGULAR}
+CONVEX = {name: case for name, case in PENALTIES.items() if getattr(case(), "convex", False)}
+
+
+def takes(rule: str, reg: str) -> bool:
+    """Whether the rule serves the regularizer: a dual asks for a convex one."""
+    return not RULES[rule].dual or reg == "none" or reg in CONVEX
+
+
+PAIRS = [(rule, reg) for rule in RULES for reg in REGULARIZERS if takes(rule, reg)]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

@@ -64,7 +64,10 @@ def test_page_adds_a_regularizer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    [optim.linbreg, optim.adabreg, optim.proxsgd, regularizers.l1, regularizers.group_lasso],
+    [
+        *(optim.linbreg, optim.adabreg, optim.proxsgd, regularizers.l1, regularizers.group_lasso, regularizers.l0),
+        *(regularizers.l_half, regularizers.l_two_thirds, regularizers.mcp, regularizers.scad),
+    ],
     ids=lambda module: module.__name__.rpartition(".")[2],
 )
 def test_docstring_examples(module: object) -> None:
@@ -95,7 +98,7 @@ def test_both_sides_hold_the_same_names() -> None:
     for name, (_, slots, hypers) in kernels.rules.items():
         assert list(rules[name].slots) == slots
         assert list(rules[name].hyper(group, 1)) == hypers
-    values = {"lam": 0.1, "l2": 0.1}
+    values = {"lam": 0.1, "l2": 0.1, "gamma": 3.0, "a": 3.7}
     known = bregman_cuda.Regularizer.registry.values()  # also those that other tests defined
     classes = [cls for cls in known if hasattr(cls, "kernel") and cls.__module__.startswith("bregman_cuda.")]
     penalties = {cls.kernel: cls(**{n: values[n] for n in cls.__dataclass_fields__}) for cls in classes}

@@ -101,13 +101,10 @@ def test_a_mask_follows_its_parameter_to_another_memory_format(driver):
 def test_counts_are_those_of_the_final_parameters(driver, reg):
     params = model([(6, 5, 2), (3, 4, 3), (1, 2, 700), (0, 2, 3)], seed=3)
     case = registry.PENALTIES[reg]
-    optimizer = AdaBreg(params, lr=0.1, reg=case(0.4), fused=driver.fused, count_nonzeros=True)
-    counting = AdaBreg(
-        copied := model([(6, 5, 2), (3, 4, 3), (1, 2, 700), (0, 2, 3)], seed=3),
-        lr=0.1,
-        reg=case(0.4),
-        fused=driver.fused,
-    )
+    rule = registry.RULES["adabreg" if registry.takes("adabreg", reg) else "proxsgd"]
+    optimizer = rule.make(params, case(0.4), fused=driver.fused, count_nonzeros=True)
+    copied = model([(6, 5, 2), (3, 4, 3), (1, 2, 700), (0, 2, 3)], seed=3)
+    counting = rule.make(copied, case(0.4), fused=driver.fused)
     train(optimizer, params, 2)
     train(counting, copied, 2)
     for report in (optimizer.density(), counting.density()):

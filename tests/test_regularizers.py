@@ -14,13 +14,28 @@ from harness import same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bregman_cuda import L1, ElasticNet, GroupLasso, NonnegL1, ProxSGD, Regularizer, SparseGroupLasso
+from bregman_cuda import (
+    L0,
+    L1,
+    MCP,
+    SCAD,
+    ElasticNet,
+    GroupLasso,
+    GroupSCAD,
+    LHalf,
+    LTwoThirds,
+    NonnegL1,
+    ProxSGD,
+    Regularizer,
+    SparseGroupLasso,
+)
 
 SCALAR = {**registry.SCALAR, **{k: c for k, c in registry.ADDED.items() if c(0.1).radial is None}}
 GROUP = {**registry.GROUP, **{k: c for k, c in registry.ADDED.items() if c(0.1).radial is not None}}
 number = st.floats(-5, 5, allow_nan=False)
 strength = st.floats(0, 3)
-step_size = st.floats(1e-3, 3)
+step_size = st.floats(1e-3, 5)  # short and long ones: from gamma and a - 1 on, MCP and SCAD change their prox
+CONVEX_GROUP = {name: case for name, case in GROUP.items() if name in registry.CONVEX and name in registry.GROUP}
 
 
 def phi(reg):
@@ -68,7 +83,7 @@ def test_scalar_value_is_the_sum_of_its_formula(name):
     assert float(reg.value(x)) == pytest.approx(sum(map(phi(reg), x.tolist())), rel=1e-14)
 
 
-@pytest.mark.parametrize("name", registry.GROUP)
+@pytest.mark.parametrize("name", CONVEX_GROUP)
 def test_group_prox_is_optimal(name):
     """0 lies in the subdifferential of the prox objective, group by group, up to rounding at the size of x."""
 
@@ -84,6 +99,89 @@ def test_group_prox_is_optimal(name):
             assert oracles.sparse_group_residual(before, after, step * l1, step * l2) <= rounding
 
     optimal()
+
+
+@pytest.mark.parametrize("name", [name for name in GROUP if not GROUP[name](0.1).convex])
+def test_group_prox_shrinks_the_norm_to_the_least_objective(name):
+    """Of a penalty on norms: the direction stays, and no other norm does better by brute force."""
+
+    @settings(max_examples=40)
+    @given(st.integers(0, 10**6), strength, step_size)
+    def best(seed: int, lam: float, step: float) -> None:
+        reg = GROUP[name](lam)
+        x = registry.values((4, 3, 5), torch.float64, torch.Generator().manual_seed(seed), 0.3) * 2
+        weight = reg.group_weight(x.shape)
+        for before, after in zip(groups_as_rows(x, reg), groups_as_rows(reg.prox(x, step), reg)):
+            norm, shrunk = np.linalg.norm(before), np.linalg.norm(after)
+            assert oracles.excess(phi(reg.radial), norm, shrunk, step * weight) <= 1e-12 * (1 + norm * norm)
+            np.testing.assert_allclose(after * norm, before * shrunk, rtol=0, atol=1e-14 * (1 + norm * norm))
+
+    best()
+
+
+@pytest.mark.parametrize("name", SCALAR)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_scalar_prox_takes_a_scale_per_element(name, dtype):
+    """As diagonal metrics need it: the same bits as one scale at a time."""
+    penalty = SCALAR[name](0.6)
+    x = torch.randn(40, dtype=dtype, generator=torch.Generator().manual_seed(8)) * 3
+    scale = torch.linspace(0.0, 4.0, 40, dtype=dtype)
+    alone = torch.stack([penalty.prox(x[i], scale[i]) for i in range(40)])
+    assert same_bits(penalty._scalar_prox(x, scale), alone)
+    assert same_bits(penalty._scalar_prox(x.view(5, 8).t(), scale.view(5, 8).t()).t().reshape(-1), alone)
+
+
+# Where the prox jumps or changes its form: (penalty, step, up to here, prox there, prox just above).
+TURNS = {
+    "l0": (L0(2.0), 1.0, 2.0, 0.0, 2.0),
+    "l_half": (LHalf(1.0), 1.0, 1.5, 0.0, 1.0),
+    "l_two_thirds": (LTwoThirds(1.5), 1.0, 2.0, 0.0, 1.0),
+    "mcp": (MCP(1.0, 3.0), 1.0, 1.0, 0.0, 0.0),
+    "mcp_flat": (MCP(1.0, 3.0), 1.0, 3.0, 3.0, 3.0),
+    "mcp_step_is_gamma": (MCP(1.0, 2.0), 2.0, 2.0, 0.0, 2.0),
+    "mcp_long_step": (MCP(1.0, 1.0), 4.0, 2.0, 0.0, 2.0),
+    "scad": (SCAD(1.0, 3.0), 0.5, 0.5, 0.0, 0.0),
+    "scad_falling": (SCAD(1.0, 3.0), 0.5, 1.5, 1.0, 1.0),
+    "scad_flat": (SCAD(1.0, 3.0), 0.5, 3.0, 3.0, 3.0),
+    "scad_step_is_a_minus_1": (SCAD(1.0, 3.0), 2.0, 3.0, 1.0, 3.0),
+    "scad_long_step": (SCAD(1.0, 3.0), 3.0, 3.5, 0.5, 3.5),
+    "scad_longest_step": (SCAD(1.0, 3.0), 9.0, 6.0, 0.0, 6.0),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", TURNS)
+def test_prox_at_its_turns(case, dtype):
+    """A tie goes to the smaller weight, with either sign; roots are closed forms to a few ulps."""
+    reg, step, turn, there, above = TURNS[case]
+    eps = torch.finfo(dtype).eps
+    x = torch.tensor([turn * (1 + d * eps) for d in (-8, 0, 8)], dtype=dtype)
+    for sign in (1, -1):
+        below_, there_, above_ = (sign * reg.prox(sign * x, step)).tolist()
+        assert there_ == pytest.approx(there, abs=64 * eps) or case.startswith("l_")  # its own threshold is rounded
+        assert (below_ == 0) == (there == 0) or below_ > 0
+        assert below_ == pytest.approx(there, abs=64 * eps)
+        assert above_ == pytest.approx(above, abs=64 * eps)
+
+
+@pytest.mark.parametrize("name", SCALAR)
+def test_scalar_prox_at_the_ends_of_the_range(name):
+    """Infinity and huge numbers stay finite or infinite, tiny ones are zero or stay, NaN is NaN, for any step."""
+    for dtype in (torch.float32, torch.float64):
+        info = torch.finfo(dtype)
+        x = torch.tensor([0.0, info.smallest_normal / 4, info.smallest_normal, info.max / 2, torch.inf], dtype=dtype)
+        for lam, step in ((0.0, 1.0), (0.5, 0.0), (0.5, 1e-3), (0.5, 1.5), (0.5, 100.0)):
+            reg = SCALAR[name](lam)
+            z = reg.prox(x, step)
+            assert not bool(z.isnan().any()), (lam, step)
+            assert z[0] == 0
+            assert z[-1] == torch.inf
+            assert bool((z <= x).all())
+            assert bool((z[1:3] == 0).all()) if lam * step else bool((z[1:3] > 0).all())
+            assert z[3] > 0
+            assert bool(reg.prox(torch.tensor(torch.nan, dtype=dtype), step).isnan())
+            if not isinstance(reg, NonnegL1):
+                assert same_bits(reg.prox(-x[1:], step).abs(), z[1:])
 
 
 @pytest.mark.parametrize("groups", ["out", "in", "kernel", (0, 2), (1, 2), (), (-1,), (2, 0)])
@@ -102,7 +200,7 @@ def test_l1_prox_is_identity_minus_projection():
     np.testing.assert_array_equal(L1(0.5).prox(x, 0.6), x.numpy() - np.clip(x.numpy(), -0.3, 0.3))
 
 
-@pytest.mark.parametrize("name", registry.PENALTIES)
+@pytest.mark.parametrize("name", registry.CONVEX)
 def test_prox_is_firmly_nonexpansive(name):
     """|prox x - prox y|^2 <= <prox x - prox y, x - y>: true of the prox of every convex function."""
     reg = registry.PENALTIES[name](0.4)
@@ -146,7 +244,7 @@ def test_subgradient_is_the_slope_of_the_value(name):
         )
 
 
-@pytest.mark.parametrize("name", registry.PENALTIES)
+@pytest.mark.parametrize("name", registry.CONVEX)
 def test_subgradient_supports_the_value_from_below(name):
     """J(y) >= J(x) + <s, y - x> for every y: the definition, also at the kinks."""
     reg = registry.PENALTIES[name](0.6)
@@ -169,10 +267,10 @@ def test_value_has_torchs_gradient(name):
 
 
 def test_gradient_of_the_value_at_a_zero_group_is_zero_and_not_nan():
-    for reg in (GroupLasso(0.5), SparseGroupLasso(0.5), L1(0.5)):
-        x = torch.zeros(2, 3, requires_grad=True)
+    for reg in (case(0.5) for name, case in registry.PENALTIES.items() if name != "nonneg_l1"):
+        x = torch.zeros(2, 3, 2, requires_grad=True)
         reg.value(x).backward()
-        assert torch.equal(x.grad, torch.zeros(2, 3))
+        assert torch.equal(x.grad, torch.zeros(2, 3, 2)), reg
 
 
 @pytest.mark.parametrize("name", registry.PENALTIES)
@@ -192,7 +290,7 @@ def test_distance_certifies_the_prox_and_nothing_else(name):
 # lam_max
 
 
-@pytest.mark.parametrize("name", registry.PENALTIES)
+@pytest.mark.parametrize("name", registry.KINKED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_lam_max_from_both_sides(name, dtype):
     """At lam_max and above zero is optimal and a step from zero stays there; just below it does not."""
@@ -208,6 +306,14 @@ def test_lam_max_from_both_sides(name, dtype):
         p.grad = grad.clone()
         ProxSGD([p], lr=0.5, reg=reg, fused=False).step()
         assert bool((p == 0).all()) == stays, f"factor {factor}"
+
+
+@pytest.mark.parametrize("name", [name for name in registry.PENALTIES if name not in registry.KINKED])
+def test_zero_is_critical_for_every_lam_where_the_penalty_is_infinitely_steep(name):
+    zero, grad = torch.zeros(2, 3, 4), torch.randn(2, 3, 4)
+    assert registry.PENALTIES[name](1.0).lam_max(grad) == 0
+    assert bool((registry.PENALTIES[name](1e-9).subdiff_distance(zero, grad) == 0).all())
+    assert bool((registry.PENALTIES[name](0.0).subdiff_distance(zero, grad) > 0).all())
 
 
 @pytest.mark.parametrize("name", registry.PENALTIES)
@@ -300,6 +406,11 @@ def test_bad_lam_is_refused_when_made_and_when_changed(name, value, error):
 def test_other_bad_parameters_are_refused():
     with pytest.raises(ValueError, match=r"ElasticNet: l2 must be finite and >= 0, got -1"):
         ElasticNet(0.1, -1)
+    for gamma in (0.0, -1.0):
+        with pytest.raises(ValueError, match=rf"MCP: gamma must be finite and > 0, got {gamma}"):
+            MCP(0.1, gamma)
+    with pytest.raises(ValueError, match=r"GroupSCAD: a must be finite and > 2, got 2"):
+        GroupSCAD(0.1, 2)
     for alpha in (-0.1, 1.1, math.nan):
         with pytest.raises(ValueError, match="SparseGroupLasso: alpha must be finite and between 0 and 1"):
             SparseGroupLasso(0.1, alpha)

@@ -168,8 +168,7 @@ def test_bregman_weights_do_not_shrink_while_they_are_on(driver):
 
 
 @pytest.mark.parametrize("dtype", registry.DTYPES, ids=str)
-@pytest.mark.parametrize("reg", registry.REGULARIZERS)
-@pytest.mark.parametrize("rule", [name for name, case in registry.RULES.items() if case.dual])
+@pytest.mark.parametrize(("rule", "reg"), [pair for pair in registry.PAIRS if registry.RULES[pair[0]].dual])
 def test_prox_of_the_initial_dual_is_the_parameter(driver, rule, reg, dtype):
     """prox(v0) = p0 within the rounding of v0, and a second step without a gradient changes nothing at all."""
     case = registry.REGULARIZERS[reg]
@@ -194,3 +193,25 @@ def test_prox_of_the_initial_dual_is_the_parameter(driver, rule, reg, dtype):
     after = p.detach().clone()
     optimizer.step()
     assert same_bits(p.detach(), after)
+
+
+@pytest.mark.parametrize("rule", [name for name, case in registry.RULES.items() if case.dual])
+def test_a_dual_asks_for_a_convex_regularizer(rule):
+    """When the optimizer is made, when a group joins, and when the regularizer is exchanged between steps."""
+    make, p = registry.RULES[rule].make, torch.nn.Parameter(torch.ones(4, 3, 2))
+    p.grad = torch.ones(4, 3, 2)
+    for name in registry.PENALTIES:
+        reg = registry.PENALTIES[name]()
+        if registry.takes(rule, name):
+            make([p], reg)
+            continue
+        message = rf"Breg: reg must be convex.* got {type(reg).__name__}; use ProxSGD"
+        with pytest.raises(ValueError, match=message):
+            make([p], reg)
+        optimizer = make([p], L1(0.1))
+        with pytest.raises(ValueError, match=message):
+            optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(4, 3, 2))], "reg": reg})
+        optimizer.param_groups[0]["reg"] = reg
+        with pytest.raises(ValueError, match=message):
+            optimizer.step()
+    assert bool((p == 1).all())

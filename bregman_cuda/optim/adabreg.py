@@ -11,7 +11,7 @@ from ..regularizers import Regularizer
 from ..regularizers._base import check_number
 from ._base import SparseOptimizer
 from ._rule import Hyper, Rule, State, number
-from .linbreg import BregmanRule, check_delta, check_momentum
+from .linbreg import BregmanRule, check_convex, check_delta, check_momentum
 
 
 def square_root(x: Tensor) -> Tensor:
@@ -90,6 +90,7 @@ class AdaBreg(SparseOptimizer):
         super().__init__(params, defaults, maximize, fused, count_nonzeros, check_finite, capturable)
 
     def _check_group(self, group: dict[str, Any]) -> None:
+        check_convex("AdaBreg", group["reg"])
         check_delta("AdaBreg", group["delta"])
         check_number("AdaBreg", "eps", group["eps"])
         if not isinstance(group["betas"], (tuple, list)) or len(group["betas"]) != 2:

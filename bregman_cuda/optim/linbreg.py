@@ -81,7 +81,7 @@ class LinBreg(SparseOptimizer):
     Args:
         params: iterable of tensors, (name, tensor) pairs, or param-group dicts (see `param_groups`).
         lr: step size >= 0; a float or a one-element tensor.
-        reg: a `Regularizer` or None, per param group.
+        reg: a convex `Regularizer` or None, per param group.
         delta: > 0, scales magnitudes and never the support (elastic net of the paper, eq. 2.6).
         momentum: in [0, 1).
         momentum_style: "paper" or "torch".
@@ -122,6 +122,7 @@ class LinBreg(SparseOptimizer):
         super().__init__(params, defaults, maximize, fused, count_nonzeros, check_finite, capturable)
 
     def _check_group(self, group: dict[str, Any]) -> None:
+        check_convex(type(self).__name__, group["reg"])
         check_delta(type(self).__name__, group["delta"])
         check_momentum(type(self).__name__, group["momentum"])
         if group["momentum_style"] not in ("paper", "torch"):
@@ -129,6 +130,15 @@ class LinBreg(SparseOptimizer):
 
     def _rule(self, group: dict[str, Any]) -> Rule:
         return _MOMENTUM if group["momentum"] else _PLAIN
+
+
+def check_convex(owner: str, reg: Regularizer | None) -> None:
+    """The dual is a subgradient that leads back to the weight: every weight has one only where J is convex."""
+    if reg is not None and not reg.convex:
+        raise ValueError(
+            f"{owner}: reg must be convex, or no dual stands for every weight, got {type(reg).__name__}; "
+            "use ProxSGD with it, or a convex regularizer such as L1 or GroupLasso"
+        )
 
 
 def check_delta(owner: str, delta: Any) -> None:

@@ -48,7 +48,8 @@ class ProxSGD(SparseOptimizer):
     bf16 and fp16 parameters keep an fp32 master copy in the state, since the parameter itself is what accumulates.
 
     Args:
-        params, reg, maximize, fused, count_nonzeros, check_finite, capturable: as in `LinBreg`.
+        params, maximize, fused, count_nonzeros, check_finite, capturable: as in `LinBreg`.
+        reg: a `Regularizer`, convex or not, or None, per param group.
         lr: step size >= 0; a float or a one-element tensor. The threshold is lr * lam.
         momentum: in [0, 1).
 

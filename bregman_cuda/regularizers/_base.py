@@ -19,8 +19,10 @@ Step = Union[float, Tensor]
 _GROUP_NAMES = {"out": (0,), "in": (1,), "kernel": (0, 1)}
 
 
-def check_number(owner: str, name: str, value: Any, low: float = 0.0, high: float = math.inf) -> None:
-    """Refuse a value that is not a finite number within [low, high].
+def check_number(
+    owner: str, name: str, value: Any, low: float = 0.0, high: float = math.inf, above: bool = False
+) -> None:
+    """Refuse a value that is not a finite number within [low, high], or (low, high] with `above`.
 
     A one-element tensor passes unread, as reading it may synchronise with its device.
 
@@ -37,8 +39,8 @@ def check_number(owner: str, name: str, value: Any, low: float = 0.0, high: floa
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{owner}: {name} must be a number, got {value!r}")
-    if not (low <= value <= high) or math.isinf(value):
-        span = f">= {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
+    if not (low <= value <= high) or math.isinf(value) or (above and value == low):
+        span = f"{'>' if above else '>='} {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
         raise ValueError(f"{owner}: {name} must be finite and {span}, got {value!r}")
 
 
@@ -50,6 +52,8 @@ class Regularizer:
 
     registry: ClassVar[dict[str, type[Regularizer]]] = {}
     bounds: ClassVar[dict[str, tuple[float, float]]] = {"lam": (0.0, math.inf)}
+    above: ClassVar[tuple[str, ...]] = ()  # parameters that must exceed their lower bound
+    convex: ClassVar[bool] = True  # Bregman optimizers need it: their dual is a subgradient
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -59,7 +63,7 @@ class Regularizer:
         if name not in {field.name for field in dataclasses.fields(self)}:  # type: ignore[arg-type]
             raise AttributeError(f"{type(self).__name__} has no parameter {name!r}")
         if name in self.bounds:
-            check_number(type(self).__name__, name, value, *self.bounds[name])
+            check_number(type(self).__name__, name, value, *self.bounds[name], above=name in self.above)
         object.__setattr__(self, name, value)
 
     @property
@@ -101,6 +105,8 @@ class Regularizer:
     def prox(self, x: Tensor, step: Step) -> Tensor:
         """argmin_z  step * J(z) + ||z - x||^2 / 2, of the shape and dtype of x. NaN stays NaN, zero stays zero.
 
+        The global minimum also where J is not convex; of two that are equally good, the one nearer to zero.
+
         Args:
             x: floating tensor of any shape.
             step: the step size, a float or a 0-dim tensor of x's dtype.
@@ -137,7 +143,8 @@ class Regularizer:
         return torch.where(alive, rest, weight * self.radial._distance(torch.zeros_like(rest), rest / weight))
 
     def lam_max(self, grad: Tensor) -> float:
-        """The smallest lam for which x = 0 is optimal when the loss has gradient `grad` there."""
+        """The smallest lam for which x = 0 is optimal (a critical point, where J is not convex) when the loss has
+        gradient `grad` there."""
         raise NotImplementedError
 
     def project(self, x: Tensor) -> Tensor:
@@ -249,6 +256,10 @@ class Grouped(Regularizer):
             return 1.0
         dims = self.groups_of(shape)
         return math.sqrt(math.prod([n for d, n in enumerate(shape) if d not in dims]))
+
+    def lam_max(self, grad: Tensor) -> float:
+        assert self.radial is not None
+        return self.radial.lam_max(self.group_norms(grad)) / self.group_weight(grad.shape) if grad.numel() else 0.0
 
 
 def _check_groups(owner: str, groups: Any) -> str | tuple[int, ...]:

@@ -35,9 +35,6 @@ class GroupLasso(Grouped):
     def radial(self) -> Separable:
         return L1(self.lam)
 
-    def lam_max(self, grad: Tensor) -> float:
-        return float(self.group_norms(grad).max()) / self.group_weight(grad.shape) if grad.numel() else 0.0
-
 
 @dataclass
 class SparseGroupLasso(Grouped):

@@ -2,15 +2,25 @@
 #pragma once
 
 #include "penalties/elastic_net.h"
+#include "penalties/l0.h"
 #include "penalties/l1.h"
+#include "penalties/l_half.h"
+#include "penalties/l_two_thirds.h"
+#include "penalties/mcp.h"
 #include "penalties/none.h"
 #include "penalties/nonneg_l1.h"
+#include "penalties/scad.h"
 
 #define BREGMAN_PENALTIES(X)    \
   X(NoPenalty, none)            \
   X(L1, l1)                     \
   X(NonnegL1, nonneg_l1)        \
-  X(ElasticNet, elastic_net)
+  X(ElasticNet, elastic_net)    \
+  X(L0, l0)                     \
+  X(LHalf, l_half)              \
+  X(LTwoThirds, l_two_thirds)   \
+  X(MCP, mcp)                   \
+  X(SCAD, scad)
 
 BREGMAN_BEGIN
 
@@ -22,7 +32,10 @@ enum class PenaltyKind : int {
 
 // The prox chosen at run time: uniform over a CUDA launch, once per group on the CPU.
 template <class C>
-BREGMAN_HD C prox(C x, C scale, const Penalty<C>& k) {
+BREGMAN_HD C prox(C x, C scale, Penalty<C> k) {
+  scale = varying(scale, x);
+  k.a = varying(k.a, x);
+  k.b = varying(k.b, x);
   switch (PenaltyKind(k.kind)) {
 #define X(Functor, name) \
   case PenaltyKind::name: \

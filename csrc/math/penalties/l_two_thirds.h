@@ -1,0 +1,18 @@
+// lam |x|^(2/3).
+#pragma once
+
+#include "../penalty.h"
+#include "../power.h"
+
+BREGMAN_BEGIN
+
+struct LTwoThirds {
+  static constexpr const char* kParameterNames = "lam";
+
+  template <class C>
+  BREGMAN_HD static C prox(C x, C scale, const Penalty<C>& k) {
+    return power_prox<3>(x, scale * k.a);
+  }
+};
+
+BREGMAN_END

@@ -1,0 +1,29 @@
+// Minimax concave penalty: slope lam - |x| / gamma up to |x| = gamma lam, constant beyond.
+#pragma once
+
+#include "../penalty.h"
+
+BREGMAN_BEGIN
+
+struct MCP {
+  static constexpr const char* kParameterNames = "lam gamma";
+
+  template <class C>
+  BREGMAN_HD static C prox(C x, C scale, const Penalty<C>& k) {
+    C a = absolute(x), threshold = scale * k.a, flat = k.a * k.b, slack = k.b - scale;
+    // slack <= 0: the objective is concave below `flat`, and its minimum 0 or x: hard threshold at lam sqrt(gamma scale).
+    bool convex = slack > C(0);
+    C ratio = select(convex, k.b, threshold) / select(convex, slack, a);  // one division serves both
+    C shrunk = select(convex, (x - clamp(x, -threshold, threshold)) * ratio, C(0));
+    C end = select(convex, flat, flat * ratio);
+    return select(a <= end, shrunk, x);  // NaN stays
+  }
+
+  // Up to the knee, where the slope ends at 0.
+  template <class C>
+  BREGMAN_HD static Line<C> line(const Penalty<C>& k) {
+    return {k.a, C(1) / k.b};
+  }
+};
+
+BREGMAN_END
