@@ -184,15 +184,27 @@ def test_the_ptx_reader_sees_generic_and_narrow_accesses() -> None:
 
 # The functions that hold the loops, by file and template arguments.
 MASKED = ("true", "false")
-COMMON = ("NoPenalty", "L1")  # the elementwise penalties that group loops are compiled for
-WRITING = tuple(rule for rule in RULES if not rule.startswith("Prox"))  # rules that do not read the parameter
+COMMON = ("NoPenalty", "L1")  # the elementwise penalties that rules are compiled with
+WRITING = tuple(rule for rule in RULES if not constant(rule, "kReadsParam"))
 FACTORS = ("OneFactor", "ColumnFactors")
+PLAIN = tuple(rule for rule in RULES if not constant(rule, "kMetric"))  # rules whose group loops recompute points
+METRIC = tuple(rule for rule in RULES if constant(rule, "kMetric"))
+BUFFERED = ("float", "double")  # what buffers hold
 FUNCTIONS = {
-    "separable_block": ("separable.h", RULES, PENALTIES, PACKS, MASKED),
-    "advance_run": ("grouped.h", RULES, COMMON, PACKS, MASKED),
-    "advance_columns": ("grouped.h", RULES, COMMON, PACKS, MASKED),
-    "finish_block": ("grouped.h", RULES, COMMON, PACKS, MASKED, FACTORS),
-    "finish_streamed": ("grouped.h", WRITING, COMMON, PACKS, FACTORS),
+    "separable_block": ("separable.h", RULES, COMMON, PACKS, MASKED),
+    "advance_run": ("grouped.h", PLAIN, COMMON, PACKS, MASKED),
+    "advance_columns": ("grouped.h", PLAIN, COMMON, PACKS, MASKED),
+    "finish_block": ("grouped.h", PLAIN, COMMON, PACKS, MASKED, FACTORS),
+    "finish_streamed": ("grouped.h", tuple(r for r in WRITING if r in PLAIN), COMMON, PACKS, FACTORS),
+    "advance_points": ("buffered.h", RULES, PACKS, MASKED),
+    "finish_points": ("buffered.h", RULES, PACKS, MASKED),
+    "prox_points": ("buffered.h", PENALTIES, BUFFERED),
+    "prox_each": ("buffered.h", PENALTIES if METRIC else (), BUFFERED),
+    "add_squares": ("buffered.h", BUFFERED),
+    "add_start": ("buffered.h", BUFFERED),
+    "add_step": ("buffered.h", BUFFERED),
+    "scale_points": ("buffered.h", BUFFERED),
+    "shrink_points": ("buffered.h", BUFFERED),
 }
 
 

@@ -67,28 +67,22 @@ BREGMAN_LOOP void prox_points(C* __restrict__ z, int64_t n, C scale, const Penal
   for (int64_t j = 0; j < n; ++j) z[j] = Elementwise::prox(z[j], scale, k);
 }
 template <class Elementwise, class C>
-BREGMAN_LOOP void prox_points(C* __restrict__ z, int64_t n, const C* __restrict__ scales, const Penalty<C> k) {
+BREGMAN_LOOP void prox_each(C* __restrict__ z, int64_t n, const C* __restrict__ scales, const Penalty<C> k) {
 #pragma GCC ivdep
   for (int64_t j = 0; j < n; ++j) z[j] = Elementwise::prox(z[j], scales[j], k);
 }
 
-// `scales`: one for all, or an array.
-template <class C, class Scale>
-void prox_any(C* z, int64_t n, Scale scales, const Penalty<C>& k) {
-  if (k.kind == 0) return;
-  switch (PenaltyKind(k.kind)) {
+// The elementwise prox of points in a buffer.
+template <class Rule, class C>
+void prox_buffer(C* z, C* scales, int64_t n, const Scalars<Rule, C>& k) {
+  switch (PenaltyKind(k.elementwise.kind)) {
 #define X(Functor, name) \
   case PenaltyKind::name: \
-    return prox_points<Functor, C>(z, n, scales, k);
+    if constexpr (Rule::kMetric) return prox_each<Functor, C>(z, n, scales, k.elementwise); \
+    else return prox_points<Functor, C>(z, n, uniform_scale<Rule, C>(k.h), k.elementwise);
     BREGMAN_PENALTIES(X)
 #undef X
   }
-}
-
-template <class Rule, class C>
-void prox_buffer(C* z, C* scales, int64_t n, const Scalars<Rule, C>& k) {
-  if constexpr (Rule::kMetric) prox_any<C, const C*>(z, n, scales, k.elementwise);
-  else prox_any<C, C>(z, n, uniform_scale<Rule, C>(k.h), k.elementwise);
 }
 
 template <class Rule, class T>
@@ -103,7 +97,7 @@ void run_separable_buffered(const PlanView& plan, const Item& item, const void* 
   for (int64_t j = 0; j < item.count; j += kBuffer) {
     const int64_t begin = item.begin + j, n = item.count - j < kBuffer ? item.count - j : kBuffer;
     advance_any(a, t.mask, begin, n, k, z, scales);
-    prox_buffer(z, scales, n, k);
+    prox_buffer<Rule, C>(z, scales, n, k);
     count += finish_any(a, t.mask, begin, n, k, z);
   }
   if (counts == nullptr) return;
@@ -263,7 +257,7 @@ struct PointGroups : TileOf<Rule, T> {
     C* scales = Rule::kMetric ? scratch.template get<C>(5, elements) : z;
     for (int64_t r = 0; r < rows; ++r)
       advance_any(a, t.mask, this->offset(base, r), columns, k, z + r * columns, scales + r * columns);
-    prox_buffer(z, scales, elements, k);
+    if (k.elementwise.kind != 0) prox_buffer<Rule, C>(z, scales, elements, k);
     BufferedGroups<C> groups(scratch, z, scales, rows, row, count);
     if constexpr (Rule::kMetric) {
       Line<C> line{};

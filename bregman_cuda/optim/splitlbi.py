@@ -1,0 +1,259 @@
+"""SplitLBI: split linearized Bregman iterations, a dense network with a sparse twin."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..regularizers import Regularizer
+from ..regularizers._base import check_number
+from ._base import SparseOptimizer
+from ._rule import Hyper, Rule, State, number
+from ._shards import local
+from .linbreg import check_momentum
+
+
+class SplitLBIRule(Rule):
+    """csrc/math/rules/splitlbi.h"""
+
+    name = "splitlbi"
+    slots = ("dual",)
+    reads_param = True
+    late = True
+
+    def hyper(self, group: dict[str, Any], step: Any) -> Hyper:
+        lr = number(group["lr"])
+        return {
+            "lr": lr,
+            "rate": lr * group["kappa"],
+            "kappa": group["kappa"],
+            "mu": math.inf if group["reg"] is None else group["mu"],  # without a twin there is no coupling
+            "weight_decay": group["weight_decay"],
+        }
+
+    def point(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> tuple[Tensor, float]:
+        return state["dual"], 1.0
+
+    def finish_late(self, q: Tensor, grad: Tensor, param: Tensor, state: State, h: Hyper) -> Tensor:
+        coupling = (param - q * h["kappa"]) / h["mu"]
+        state["dual"].copy_(state["dual"] + coupling * h["lr"])
+        return param - (grad + param * h["weight_decay"] + coupling) * h["rate"]
+
+
+class SplitLBIMomentumRule(SplitLBIRule):
+    """csrc/math/rules/splitlbi_momentum.h"""
+
+    name = "splitlbi_momentum"
+    slots = ("dual", "momentum_buffer")
+
+    def hyper(self, group: dict[str, Any], step: Any) -> Hyper:
+        inside = group["coupling"] == "inside"
+        return {
+            **super().hyper(group, step),
+            "momentum": group["momentum"],
+            "ahead": group["momentum"] if group["nesterov"] else 1.0,
+            "own": float(group["nesterov"]),
+            "inside": float(inside),
+            "outside": float(not inside),
+        }
+
+    def finish_late(self, q: Tensor, grad: Tensor, param: Tensor, state: State, h: Hyper) -> Tensor:
+        dual, buffer = state["dual"], state["momentum_buffer"]
+        coupling = (param - q * h["kappa"]) / h["mu"]
+        direction = grad + param * h["weight_decay"] + coupling * h["inside"]
+        buffer.copy_(buffer * h["momentum"] + direction)
+        dual.copy_(dual + coupling * h["lr"])
+        return param - (buffer * h["ahead"] + direction * h["own"] + coupling * h["outside"]) * h["rate"]
+
+
+class SplitLBI(SparseOptimizer):
+    r"""Split linearized Bregman iterations (DessiLBI: Fu et al., ICML 2020 and TPAMI 2022; FuSplit LBI toolbox).
+
+    The weights w train densely; beside them runs a sparse twin Gamma = kappa prox_J(z) that explores, from simple to
+    complex, which of them matter. With the coupling c = (w - Gamma) / mu of the old w and Gamma:
+
+        m <- momentum m + g,   w <- w - kappa lr (m + c),   z <- z + lr c.
+
+    A weight enters the twin once |sum of lr w| > mu lam (a group: with the norm, and its weight times lam). Entering
+    order is the path that `sparse_twin`, `projected`, tickets and pruning read. Gamma is not stored: it is a function
+    of z. Groups with `reg=None` have no twin and take the SGD step with rate kappa lr.
+
+    kappa and lr are not independent: with kappa lr fixed, kappa scales lam. Keep kappa lr < 2 / (curvature + 2 / mu).
+
+    Args:
+        params, reg, maximize, fused, count_nonzeros, check_finite, capturable: as in `LinBreg`.
+        lr: alpha, the clock of the path; the step of the weights is kappa * lr.
+        kappa: > 0.
+        mu: > 0, strength of the coupling is 1 / mu (the paper's beta is 1 / (2 mu)).
+        momentum: in [0, 1).
+        nesterov: look ahead; needs momentum > 0.
+        weight_decay: >= 0, added to the gradient.
+        coupling: "outside" of the momentum buffer, as the toolbox does, or "inside", as the paper writes (eq. 6-9).
+        curvature: the largest curvature of the loss, if it is known: a kappa * lr beyond the stable range is warned of.
+
+    Raises:
+        ValueError, TypeError: a parameter out of its range; nothing was changed.
+
+    >>> p = torch.nn.Parameter(torch.tensor([1.0, 0.1]))
+    >>> optimizer = SplitLBI([p], lr=1.0, reg=L1(0.5), mu=2.0)
+    >>> for _ in range(2):
+    ...     p.grad = torch.zeros(2)
+    ...     optimizer.step()
+    >>> optimizer.sparse_twin(p)
+    tensor([0.2500, 0.0000])
+    """
+
+    dense_params = True
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 0.1,
+        reg: Regularizer | None = None,
+        kappa: float = 1.0,
+        mu: float = 100.0,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        coupling: str = "outside",
+        curvature: float | None = None,
+        *,
+        maximize: bool = False,
+        fused: bool | None = None,
+        count_nonzeros: bool = False,
+        check_finite: bool = False,
+        capturable: bool = False,
+    ) -> None:
+        defaults = dict(lr=lr, reg=reg, kappa=kappa, mu=mu, momentum=momentum, nesterov=nesterov)
+        defaults |= dict(weight_decay=weight_decay, coupling=coupling, curvature=curvature)
+        super().__init__(params, defaults, maximize, fused, count_nonzeros, check_finite, capturable)
+        for group in self.param_groups:
+            if group["reg"] is not None and group["curvature"] is not None and not torch.is_tensor(group["lr"]):
+                limit = stable_rate(group["curvature"], group["mu"])
+                if group["kappa"] * group["lr"] >= limit:
+                    warnings.warn(
+                        f"SplitLBI: kappa * lr = {group['kappa'] * group['lr']:g} is not stable for curvature "
+                        f"{group['curvature']:g} and mu = {group['mu']:g}; keep it below {limit:g}",
+                        stacklevel=2,
+                    )
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        for name in ("kappa", "mu"):
+            check_number("SplitLBI", name, group[name])
+            if group[name] == 0:
+                raise ValueError(f"SplitLBI: {name} must be > 0, got {group[name]!r}")
+        check_momentum("SplitLBI", group["momentum"])
+        check_number("SplitLBI", "weight_decay", group["weight_decay"])
+        if group["curvature"] is not None:
+            check_number("SplitLBI", "curvature", group["curvature"])
+        if group["nesterov"] and not group["momentum"]:
+            raise ValueError("SplitLBI: nesterov=True needs momentum > 0, got momentum=0")
+        if group["coupling"] not in ("outside", "inside"):
+            raise ValueError(f"SplitLBI: coupling must be 'outside' or 'inside', got {group['coupling']!r}")
+
+    def _rule(self, group: dict[str, Any]) -> Rule:
+        return _MOMENTUM if group["momentum"] else _PLAIN
+
+    def _group_of(self, param: Tensor) -> dict[str, Any]:
+        for group in self.param_groups:
+            if any(param is p for p in group["params"]):
+                return group
+        raise KeyError("SplitLBI: not a parameter of this optimizer")
+
+    @torch.no_grad()
+    def sparse_twin(self, param: Tensor) -> Tensor:
+        """Gamma = kappa prox_J(z) of a parameter, in its dtype and shape; zeros before the first step.
+
+        Raises:
+            KeyError: not a parameter of this optimizer.
+            ValueError: its group has no regularizer, hence no twin.
+        """
+        group = self._group_of(param)
+        if group["reg"] is None:
+            raise ValueError("sparse_twin: the parameter's group has reg=None, hence no sparse twin")
+        twin = torch.zeros_like(param)
+        if "dual" in self.state.get(param, {}):
+            local(twin).copy_(group["reg"].prox(local(self.state[param]["dual"]), 1.0) * group["kappa"])
+        return twin
+
+    def prox_point(self, param: Tensor) -> Tensor:
+        """The sparse twin, which `density` counts; a parameter without one is itself."""
+        return param.detach() if self._group_of(param)["reg"] is None else self.sparse_twin(param)
+
+    @torch.no_grad()
+    def support(self, param: Tensor) -> Tensor:
+        """Bool tensor of a parameter's shape: where its sparse twin is active, group by group where groups are penalized."""
+        twin, reg = self.sparse_twin(param), self._group_of(param)["reg"]
+        dims = reg.groups_of(param.shape)
+        if dims is None or reg.elementwise is not None or not twin.numel():
+            return twin != 0
+        return (reg.group_norms(twin) != 0).expand_as(twin)
+
+    @contextmanager
+    @torch.no_grad()
+    def projected(self) -> Iterator[None]:
+        """Inside, every parameter with a twin is w where its twin is active and 0 elsewhere; afterwards w again.
+
+        The memory of the parameters stays where it is. w comes back whatever happens inside, an error included.
+        """
+        dense = []
+        try:
+            for group in self.param_groups:
+                for param in group["params"] if group["reg"] is not None else ():
+                    keep = self.support(param)
+                    dense.append((param, param.detach().clone()))
+                    param.masked_fill_(~keep, 0)
+            yield
+        finally:
+            with torch.no_grad():
+                for param, values in dense:
+                    param.copy_(values)
+
+    @torch.no_grad()
+    def residue(self, param: Tensor) -> Tensor:
+        """||w - Gamma||^2 of a parameter, a 0-dim tensor; divided by 2 mu it is the coupling's energy."""
+        return (param.detach() - self.sparse_twin(param)).square().sum()
+
+    @torch.no_grad()
+    def steps_to_entry(self, param: Tensor) -> float:
+        """After how many more steps the first inactive entry (or group) enters the twin, if w and lr stay as they are.
+
+        0 if something is active already, infinite where nothing moves. Reads from the device.
+
+        Raises:
+            ValueError: no regularizer.
+        """
+        group = self._group_of(param)
+        twin, reg = self.sparse_twin(param), group["reg"]
+        if bool(twin.any()) or not twin.numel():
+            return 0.0
+        dual = self.state[param]["dual"] if "dual" in self.state.get(param, {}) else torch.zeros_like(param)
+        pace = float(group["lr"]) / group["mu"] * param.detach().double()
+        low, high = 0.0, 1.0
+        while not bool(reg.prox(dual.double() + high * pace, 1.0).any()):
+            low, high = high, 2 * high
+            if high > 1e12:
+                return math.inf
+        while high - low > 1e-6 * high:
+            middle = 0.5 * (low + high)
+            entered = bool(reg.prox(dual.double() + middle * pace, 1.0).any())
+            low, high = (low, middle) if entered else (middle, high)
+        return high
+
+
+def stable_rate(curvature: float, mu: float) -> float:
+    """The kappa * lr below which SplitLBI without momentum is stable: 2 / (curvature + 2 / mu).
+
+    Sufficient on a quadratic of that largest curvature once the twin is active (the coupled system's largest eigenvalue
+    is below curvature + 2 / mu).
+    """
+    return 2 / (curvature + 2 / mu)
+
+
+_MOMENTUM, _PLAIN = SplitLBIMomentumRule(), SplitLBIRule()

@@ -1,0 +1,37 @@
+// SplitLBI with momentum: m <- momentum m + d,  w <- w - kappa lr (ahead m + own d + outside c),  where d is the
+// gradient with weight decay and `inside` times the coupling c (see splitlbi.h). The toolbox couples outside of the
+// buffer (inside = 0, outside = 1), the paper inside (1, 0). Heavy ball: ahead = 1, own = 0; Nesterov: momentum, 1.
+#pragma once
+
+#include "../point.h"
+
+BREGMAN_BEGIN
+
+struct SplitLBIMomentum {
+  static constexpr int kStateSlots = 2;
+  static constexpr bool kReadsParam = true;
+  static constexpr bool kMetric = false;
+  static constexpr bool kLate = true;
+  static constexpr const char* kSlotNames = "dual momentum_buffer";
+  static constexpr const char* kHyperNames = "lr rate kappa mu weight_decay momentum ahead own inside outside";
+  template <class C>
+  struct Hyper {
+    C lr, rate, kappa, mu, weight_decay, momentum, ahead, own, inside, outside;
+  };
+
+  template <class C>
+  BREGMAN_HD static Point<C> point(C, C, const C* state, const Hyper<C>&) {
+    return {state[0], C(1)};
+  }
+
+  template <class C>
+  BREGMAN_HD static C finish(C q, C grad, C param, C* state, const Hyper<C>& h) {
+    const C coupling = (param - q * h.kappa) / h.mu;
+    const C direction = grad + param * h.weight_decay + coupling * h.inside;
+    state[1] = state[1] * h.momentum + direction;
+    state[0] = state[0] + coupling * h.lr;
+    return param - (state[1] * h.ahead + direction * h.own + coupling * h.outside) * h.rate;
+  }
+};
+
+BREGMAN_END
