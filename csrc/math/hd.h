@@ -72,7 +72,8 @@ BREGMAN_HD C inverse_root(C x) {
   constexpr double bias = sizeof(C) == 8 ? 1023 : 127, one = sizeof(C) == 8 ? 0x1p52 : 0x1p23;
   Bits bits;
   __builtin_memcpy(&bits, &x, sizeof(C));
-  // The bits of a float are its logarithm, roughly, so that -1/K times them begin a root: off by 4% at most.
+  // The bits of a float are its logarithm, roughly, so that -1/K times them begin a root: off by 5% at most. Each step
+  // cubes the error: measured 4e-2, 4e-4, 3e-10 and then rounding, over the range of both types.
   Bits share = bits >> (K == 2 ? 1 : 2);
   if constexpr (K == 3) {  // a third is 1/4 + 1/16 + 1/64 + ...
     share += share >> 2;
@@ -82,7 +83,7 @@ BREGMAN_HD C inverse_root(C x) {
   bits = Bits((1 + 1.0 / K) * (bias - 0.048) * one) - share;
   C y;
   __builtin_memcpy(&y, &bits, sizeof(C));
-  for (int step = 0; step < (sizeof(C) == 8 ? 3 : 2); ++step) {  // cubic: 4e-2, 3e-4, 1e-10, 1e-29
+  for (int step = 0; step < (sizeof(C) == 8 ? 3 : 2); ++step) {
     C left = K == 2 ? C(1) - x * y * y : C(1) - x * y * y * y;
     y = y + y * (left * (C(1.0 / K) + left * C((K + 1) / (2.0 * K * K))));
   }

@@ -17,12 +17,14 @@ template <int K, class C>
 BREGMAN_HD C power_prox(C x, C tau) {
   // Where the two minima are equally good: s^(1/K) (1 - s) at s = 2 / (K + 1).
   constexpr double crossing = K == 2 ? 0.27216552697590873 : 0.3968502629920499;
-  constexpr double c2 = K == 2 ? 0.24 : 0.02, c3 = K == 2 ? 1.46 : 1.12;  // fitted to the root, beside 1/K of its series
+  constexpr double c2 = K == 2 ? 0.24 : 0.02, c3 = K == 2 ? 1.46 : 1.12;  // fitted, beside 1/K of the root's series
   C a = absolute(x);
   C q = tau / a * C((K - 1.0) / K) * inverse_root<K>(a);
   C w = C(1) - q * (C(1.0 / K) + q * (C(c2) + q * C(c3)));
-  // Worst relative error over all q: 2.1e-3, then 9.4e-6, 2.0e-10, 2e-19 (K = 3), less for K = 2; from w = 1, as usual,
-  // it takes two steps more.
+  // Newton: two steps for fp32, three for fp64. Worst relative error over 1e5 values of q up to `crossing`, in long
+  // double: 2.1e-3 before, then 9.4e-6, 2.0e-10, 2e-19 (K = 3) and 5.5e-4, 5.3e-7, 5.2e-13 (K = 2). From w = 1, the
+  // usual start, it takes two steps more. The result is right to 5 ulps (K = 3) and 2.4 (K = 2), measured from the
+  // threshold to 1e20 times it.
   for (int step = 0; step < (sizeof(C) == 8 ? 3 : 2); ++step) {
     C p = power<K>(w);
     w = w - ((p - C(1)) * w + q) / (C(K + 1) * p - C(1));

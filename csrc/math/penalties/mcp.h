@@ -11,7 +11,8 @@ struct MCP {
   template <class C>
   BREGMAN_HD static C prox(C x, C scale, const Penalty<C>& k) {
     C a = absolute(x), threshold = scale * k.a, flat = k.a * k.b, slack = k.b - scale;
-    // slack <= 0: the objective is concave below `flat`, and its minimum 0 or x: hard threshold at lam sqrt(gamma scale).
+    // slack <= 0: the objective is concave below `flat`, so that its minimum is 0 or x, equally good at
+    // lam sqrt(gamma scale).
     bool convex = slack > C(0);
     C ratio = select(convex, k.b, threshold) / select(convex, slack, a);  // one division serves both
     C shrunk = select(convex, (x - clamp(x, -threshold, threshold)) * ratio, C(0));
