@@ -43,12 +43,12 @@ class Kernels:
 
     def __init__(self, ops: Any):
         self.plan, self.plan_items, self.step, self.why_not = ops.plan, ops.plan_items, ops.step, ops.why_not
-        self.rules: dict[str, tuple[int, list[str], list[str]]] = {}
+        self.rules: dict[str, tuple[int, list[str], list[str], bool]] = {}
         self.penalties: dict[str, tuple[int, list[str]]] = {}
         for line in ops.describe().splitlines():
             kind, name, *rest = line.split(";")
             if kind == "rule":
-                self.rules[name] = (len(self.rules), rest[0].split(), rest[1].split())
+                self.rules[name] = (len(self.rules), rest[0].split(), rest[1].split(), rest[2] == "metric")
             elif kind == "penalty":
                 self.penalties[name] = (len(self.penalties), rest[0].split())
         # The plain overloads skip the packet's overload resolution at every step.
@@ -69,6 +69,8 @@ class Kernels:
         for penalty in _penalties(reg):
             if penalty is not None and penalty.kernel not in self.penalties:
                 return f"penalty {penalty.kernel!r} is not compiled in"
+        if rule.metric and reg is not None and reg.radial is not None:
+            return f"group penalties in the metric of rule {rule.name!r} are not compiled in yet"
         from .optim._plan import group_bits
 
         return self.why_not(param, group_bits(reg, param))

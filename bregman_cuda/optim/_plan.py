@@ -25,20 +25,29 @@ Counts = list[tuple[Tensor, Tensor, "Tensor | None"]]  # parameter, non-zero ele
 
 
 class Bucket:
-    """Parameters of one device, dtype and step count."""
+    """Parameters of one device, dtype and step count (and of the same value of the rule's other counters)."""
 
     def __init__(self, rule: Rule, params: list[Tensor], states: list[dict[str, Any]], index: list[int]):
         self.rule, self.params, self.states, self.index = rule, params, states, index
         self.step = int(states[0]["step"])
-        # One shared counter, new for this bucket: tensors that sit out a step keep the old one.
-        self.step_tensor = torch.tensor(float(self.step), dtype=torch.float64)
+        self.counters = [float(states[0][name]) for name in rule.counters]
+        # Shared counters, new for this bucket: tensors that sit out a step keep the old ones.
+        self.step_tensor, *self.counter_tensors = (
+            torch.tensor(value, dtype=torch.float64) for value in (float(self.step), *self.counters)
+        )
         for state in states:
-            state["step"] = self.step_tensor
+            state.update(zip(("step", *rule.counters), (self.step_tensor, *self.counter_tensors)))
 
-    def advance(self) -> int:
-        self.step += 1
-        self.step_tensor.fill_(float(self.step))
-        return self.step
+    def upcoming(self, group: dict[str, Any]) -> tuple[int, list[float]]:
+        """Number and counters of the next step."""
+        step = self.step + 1
+        return step, [known + more for known, more in zip(self.counters, self.rule.increments(group, step))]
+
+    def advance(self, step: int, counters: list[float]) -> None:
+        self.step, self.counters = step, counters
+        self.step_tensor.fill_(float(step))
+        for tensor, value in zip(self.counter_tensors, counters):
+            tensor.fill_(value)
 
     def run(self, group: dict[str, Any], grads: list[Tensor], grad_scale: float) -> None:
         raise NotImplementedError
@@ -54,7 +63,9 @@ class ReferenceBucket(Bucket):
     counted: Counts | None = None
 
     def run(self, group: dict[str, Any], grads: list[Tensor], grad_scale: float) -> None:
-        h, reg = self.rule.hyper(group, self.advance()), group["reg"]
+        step, counters = self.upcoming(group)
+        h, reg = self.rule.hyper(group, step, *counters), group["reg"]
+        self.advance(step, counters)
         for param, grad, state in zip(self.params, grads, self.states):
             mask = unpack(state["mask"], param) if "mask" in state else None
             parts = {slot: local(value) for slot, value in state.items()}
@@ -100,7 +111,8 @@ class FusedBucket(Bucket):
         self.item_counts: Tensor | None = None
 
     def run(self, group: dict[str, Any], grads: list[Tensor], grad_scale: float) -> None:
-        h, reg, kernels = self.rule.hyper(group, self.step + 1), group["reg"], self.kernels
+        step, counters = self.upcoming(group)
+        h, reg, kernels = self.rule.hyper(group, step, *counters), group["reg"], self.kernels
         kinds, scalars = kernels.encode(self.rule, reg, h, grad_scale)
         if not group["count_nonzeros"]:
             self.item_counts = None  # what an earlier step counted is no longer true
@@ -114,7 +126,7 @@ class FusedBucket(Bucket):
                 raise RuntimeError(f"the memory layout of parameter {self.index[odd]} changed since its plan was made")
             grads = list(grads)
             grads[odd] = torch.empty_like(self.params[odd]).copy_(grads[odd])
-        self.advance()
+        self.advance(step, counters)
         torch.autograd.graph.increment_version(self.params)
 
     def counts(self) -> Counts | None:
@@ -123,6 +135,11 @@ class FusedBucket(Bucket):
         table = torch.zeros(len(self.params), 2, dtype=torch.int64, device=self.item_counts.device)
         table.index_add_(0, self.item_tensor.to(table.device), self.item_counts.long())
         return [(p, row[0], row[1] if self.grouped else None) for p, row in zip(self.params, table)]
+
+
+def counter_values(rule: Rule, state: dict[str, Any]) -> tuple[float, ...]:
+    """The step count and the rule's other counters."""
+    return tuple(float(state[name]) for name in ("step", *rule.counters))
 
 
 def slots_of(rule: Rule, param: Tensor) -> tuple[str, ...]:
@@ -157,7 +174,7 @@ class GroupPlan:
             kernels, why = _backend.kernels_for(local(params[i]), group["fused"], rule, reg)
             if group["fused"] and kernels is None:
                 raise RuntimeError(f"fused=True, but {optimizer._describe(group, i)} cannot use kernels: {why}")
-            key = (params[i].device, params[i].dtype, int(state["step"]), kernels)
+            key = (params[i].device, params[i].dtype, *counter_values(rule, state), kernels)
             split.setdefault(key, []).append(position)
         for (*_, kernels), positions in split.items():
             states = [optimizer.state[params[active[k]]] for k in positions]

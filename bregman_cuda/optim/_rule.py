@@ -9,6 +9,7 @@ from torch import Tensor
 
 State = dict[str, Tensor]
 Hyper = dict[str, float]
+COUNTERS = ("step", "alpha")  # the scalars of a state, in float64; everything else has the parameter's shape
 
 
 def number(value: float | Tensor) -> Any:
@@ -16,6 +17,11 @@ def number(value: float | Tensor) -> Any:
     if torch.is_tensor(value) and torch.compiler.is_compiling():
         return value.double().reshape(())
     return float(value)
+
+
+def at_most_one(value: float | Tensor) -> Any:
+    """min(value, 1)."""
+    return value.clamp(max=1.0) if torch.is_tensor(value) else min(value, 1.0)
 
 
 class Rule:
@@ -29,10 +35,19 @@ class Rule:
     name: str
     slots: tuple[str, ...] = ()  # state tensors of the parameter's shape, in the order of the kernel
     reads_param: bool = False  # False: the parameter is a function of the state alone
+    metric: bool = False  # whether each element has a prox scale of its own
+    counters: tuple[str, ...] = ()  # scalars besides the step count, from COUNTERS, that grow once per step
 
-    def hyper(self, group: dict[str, Any], step: int) -> Hyper:
-        """The scalars of step number `step` (from 1), in the order of the kernel's Hyper."""
+    def hyper(self, group: dict[str, Any], step: int, *counters: float) -> Hyper:
+        """The scalars of step number `step` (from 1), in the order of the kernel's Hyper.
+
+        Here and in `increments`, options, steps and counters are floats, or 0-dim float64 tensors in a compiled step.
+        """
         raise NotImplementedError
+
+    def increments(self, group: dict[str, Any], step: int) -> tuple[float, ...]:
+        """How much each of the counters grows at step number `step`."""
+        return ()
 
     def init_slot(self, slot: str, param: Tensor, group: dict[str, Any]) -> Tensor | None:
         """Initial value of a state tensor from the parameter (in the state's dtype); None for zeros."""

@@ -23,6 +23,7 @@ class L1(Separable):
 
     lam: float
     kernel = "l1"
+    homogeneous = True
 
     def parameters(self) -> dict[str, float]:
         return {"lam": self.lam}

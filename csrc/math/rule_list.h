@@ -2,17 +2,27 @@
 #pragma once
 
 #include "rules/adabreg.h"
+#include "rules/averaged_proxsgd.h"
 #include "rules/linbreg.h"
 #include "rules/linbreg_momentum.h"
+#include "rules/proxadam.h"
+#include "rules/proxadam_amsgrad.h"
 #include "rules/proxsgd.h"
 #include "rules/proxsgd_momentum.h"
+#include "rules/ramda.h"
+#include "rules/rmda.h"
 
 #define BREGMAN_RULES(X)                  \
   X(LinBreg, linbreg)                     \
   X(LinBregMomentum, linbreg_momentum)    \
   X(AdaBreg, adabreg)                     \
   X(ProxSGD, proxsgd)                     \
-  X(ProxSGDMomentum, proxsgd_momentum)
+  X(ProxSGDMomentum, proxsgd_momentum)    \
+  X(AveragedProxSGD, averaged_proxsgd)    \
+  X(ProxAdam, proxadam)                   \
+  X(ProxAdamAMSGrad, proxadam_amsgrad)    \
+  X(RMDA, rmda)                           \
+  X(RAMDA, ramda)
 
 BREGMAN_BEGIN
 

@@ -36,7 +36,8 @@ using Tensors = std::vector<Tensor>;
 inline std::string describe() {
   std::string text;
 #define X(Functor, name) \
-  text += std::string("rule;" #name ";") + Functor::kSlotNames + ";" + Functor::kHyperNames + "\n";
+  text += std::string("rule;" #name ";") + Functor::kSlotNames + ";" + Functor::kHyperNames + ";" + \
+          (Functor::kMetric ? "metric" : "") + "\n";
   BREGMAN_RULES(X)
 #undef X
 #define X(Functor, name) text += std::string("penalty;" #name ";") + Functor::kParameterNames + "\n";
@@ -69,10 +70,13 @@ inline DType dtype_of(const Tensor& t) {
   return DType::f32;
 }
 
-inline void check_rule(int64_t rule, bool sixteen_bits, size_t& slots) {
+inline void check_rule(int64_t rule, bool sixteen_bits, bool grouped, size_t& slots) {
   int64_t id = 0;
 #define X(Functor, name) \
-  if (rule == id++) slots = Functor::kStateSlots + (Functor::kReadsParam && sixteen_bits);
+  if (rule == id++) { \
+    slots = Functor::kStateSlots + (Functor::kReadsParam && sixteen_bits); \
+    STD_TORCH_CHECK(!(Functor::kMetric && grouped), "groups in the metric of rule " #name " are not compiled in"); \
+  }
   BREGMAN_RULES(X)
 #undef X
   STD_TORCH_CHECK(rule >= 0 && rule < id, "rule ", rule, " is not one of the ", id, " compiled rules");
@@ -86,7 +90,7 @@ inline Tensor plan_tensor(const Tensors& params, const Tensors& state, const Ten
   const DType dtype = dtype_of(params[0]);
   const bool sixteen = dtype == DType::bf16 || dtype == DType::fp16;
   size_t slots = 0;
-  check_rule(rule, sixteen, slots);
+  check_rule(rule, sixteen, !group_dims.empty() && group_dims[0] >= 0, slots);
   STD_TORCH_CHECK(state.size() == n * slots, "expected ", n * slots, " state tensors (", slots, " for each of ", n,
                   " parameters), got ", state.size());
   STD_TORCH_CHECK(masks.size() == n && group_dims.size() == n && weights.size() == n, "expected ", n,

@@ -8,6 +8,7 @@ BREGMAN_BEGIN
 struct LinBreg {
   static constexpr int kStateSlots = 1;
   static constexpr bool kReadsParam = false;  // p is a function of the dual
+  static constexpr bool kMetric = false;
   static constexpr const char* kSlotNames = "dual";
   static constexpr const char* kHyperNames = "lr delta";
   template <class C>

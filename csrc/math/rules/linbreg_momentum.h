@@ -9,6 +9,7 @@ BREGMAN_BEGIN
 struct LinBregMomentum {
   static constexpr int kStateSlots = 2;
   static constexpr bool kReadsParam = false;
+  static constexpr bool kMetric = false;
   static constexpr const char* kSlotNames = "dual momentum_buffer";
   static constexpr const char* kHyperNames = "momentum gain rate delta";
   template <class C>

@@ -8,6 +8,7 @@ BREGMAN_BEGIN
 struct ProxSGD {
   static constexpr int kStateSlots = 0;
   static constexpr bool kReadsParam = true;
+  static constexpr bool kMetric = false;
   static constexpr const char* kSlotNames = "";
   static constexpr const char* kHyperNames = "lr";
   template <class C>

@@ -8,6 +8,7 @@ BREGMAN_BEGIN
 struct ProxSGDMomentum {
   static constexpr int kStateSlots = 1;
   static constexpr bool kReadsParam = true;
+  static constexpr bool kMetric = false;
   static constexpr const char* kSlotNames = "momentum_buffer";
   static constexpr const char* kHyperNames = "lr momentum";
   template <class C>
