@@ -38,6 +38,8 @@ def step_(
     z, scale = rule.point(grad.to(before.dtype) * grad_scale, before, state, h)
     if mask is not None:
         z = torch.where(mask, z, torch.zeros_like(z))
+        if torch.is_tensor(scale):
+            scale = torch.where(mask, scale, torch.zeros_like(scale))
         for slot in rule.slots:
             state[slot].masked_fill_(~mask, 0)
     q = z if reg is None else reg.prox(z, scale)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bregman_cuda import Regularizer, SparseOptimizer
+from bregman_cuda.optim._rule import COUNTERS
 
 MARGIN = 128  # elements before and after; a multiple of every vector, so that alignment is the layout's alone
 _INTEGERS = {
@@ -123,7 +124,7 @@ def guard_state(optimizer: SparseOptimizer, params: list[Any]) -> list[Buffer]:
     buffers = []
     for param in params:
         for name, tensor in optimizer.state[param].items():
-            if name != "step":
+            if name not in COUNTERS:
                 buffers.append(Buffer(tensor, strides=tensor.stride()))
                 optimizer.state[param][name] = buffers[-1].view
     optimizer._forget_plans()  # plans hold addresses

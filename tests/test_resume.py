@@ -31,6 +31,7 @@ from torch.nn import Parameter
 
 import bregman_cuda
 from bregman_cuda import L1, AdaBreg, ElasticNet, GroupLasso, LinBreg, SparseGroupLasso, _backend
+from bregman_cuda.optim._rule import COUNTERS
 
 SHAPES = [(6, 5), (4, 3, 3, 3), (7,)]
 REGS = [lambda lam: None, L1, lambda lam: GroupLasso(lam, "out"), lambda lam: SparseGroupLasso(lam, 0.4, "out")]
@@ -360,7 +361,7 @@ class Lockstep(RuleBasedStateMachine):
         for i, (p, q) in enumerate(zip(*self.models)):
             state = self.sides[0].state.get(p, {})
             if self.masks.get(i) is not None:
-                tensors = [p.detach(), *(v for k, v in state.items() if k not in ("step", "mask"))]
+                tensors = [p.detach(), *(v for k, v in state.items() if k not in (*COUNTERS, "mask"))]
                 assert not any(bool(t[~self.masks[i]].any()) for t in tensors), f"parameter {i} left its mask"
             if double:  # an ulp apart: together again, so that it neither adds up nor is rounded apart
                 q.data.copy_(p.data)

@@ -44,8 +44,8 @@ class AveragedProxSGDRule(Rule):
         mean, square = state["exp_avg"], state["exp_avg_sq"]
         mean.copy_(mean * h["decay"] + grad * h["gain"])
         square.copy_(square * h["beta"] + grad * grad * h["one_minus_beta"])
-        tau = square_root(square) * h["root_correction"] + h["eps"]
-        return param - mean / tau, 1 / tau
+        inverse = 1 / (square_root(square) * h["root_correction"] + h["eps"])
+        return param - mean * inverse, inverse
 
     def finish(self, q: Tensor, param: Tensor, state: State, h: Hyper) -> Tensor:
         return param * h["keep"] + q * h["step"]

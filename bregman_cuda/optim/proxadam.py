@@ -52,9 +52,9 @@ class ProxAdamRule(Rule):
         mean, square = state["exp_avg"], state["exp_avg_sq"]
         mean.copy_(mean * h["beta1"] + grad * h["one_minus_beta1"])
         square.copy_(square * h["beta2"] + grad * grad * h["one_minus_beta2"])
-        d = square_root(self.second_moment(state)) * h["root_correction"] + h["eps"]
-        z = (param * h["decay_before"] - mean * h["rate"] / d) * h["decay_after"]
-        return z, h["threshold"] / d
+        inverse = 1 / (square_root(self.second_moment(state)) * h["root_correction"] + h["eps"])
+        z = (param * h["decay_before"] - mean * h["rate"] * inverse) * h["decay_after"]
+        return z, inverse * h["threshold"]
 
 
 class ProxAdamAMSGradRule(ProxAdamRule):

@@ -78,8 +78,8 @@ class RAMDARule(DualAveragingRule):
         }
 
     def dual_point(self, state: State, h: Hyper) -> tuple[Tensor, float | Tensor]:
-        metric = cube_root(state["square_sum"]) + h["eps"]
-        return state["start"] - state["gradient_sum"] / metric, h["alpha"] / metric
+        inverse = 1 / (cube_root(state["square_sum"]) + h["eps"])
+        return state["start"] - state["gradient_sum"] * inverse, inverse * h["alpha"]
 
     def point(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> tuple[Tensor, float | Tensor]:
         total, squares = state["gradient_sum"], state["square_sum"]

@@ -35,8 +35,8 @@ def weighted_group_prox(x: Tensor, scale: Tensor, w: float, reduced: list[int]) 
         return x
     dims = reduced or [x.dim()]
     wide, s = (t.double() if reduced else t.double().unsqueeze(-1) for t in (x, scale))
-    ratio = torch.where(wide == 0, 0.0, wide / s)
-    reach = ratio.square().sum(dims, keepdim=True).sqrt()
+    s = torch.where(wide == 0, torch.inf, s)  # an element at zero stays there and has no say
+    reach = (wide / s).square().sum(dims, keepdim=True).sqrt()
     like = s.amin(dims, keepdim=True) * (reach - w)
     unlike = (wide.abs() - w * s).amax(dims, keepdim=True)
     theta = torch.maximum(torch.where(reach.isinf(), 0.0, like), unlike).clamp_min(0)  # NaN stays NaN

@@ -25,8 +25,8 @@ struct AveragedProxSGD {
 
   template <class C>
   BREGMAN_HD static Point<C> point(C, C param, const C* state, const Hyper<C>& h) {
-    const C tau = square_root(state[1]) * h.root_correction + h.eps;
-    return {param - state[0] / tau, C(1) / tau};
+    const C inverse = C(1) / (square_root(state[1]) * h.root_correction + h.eps);
+    return {param - state[0] * inverse, inverse};
   }
 
   template <class C>

@@ -28,8 +28,8 @@ struct ProxAdamAMSGrad {
 
   template <class C>
   BREGMAN_HD static Point<C> point(C, C param, const C* state, const Hyper<C>& h) {
-    const C d = square_root(state[2]) * h.root_correction + h.eps;
-    return {(param * h.decay_before - state[0] * h.rate / d) * h.decay_after, h.threshold / d};
+    const C inverse = C(1) / (square_root(state[2]) * h.root_correction + h.eps);
+    return {(param * h.decay_before - state[0] * h.rate * inverse) * h.decay_after, h.threshold * inverse};
   }
 
   template <class C>

@@ -26,8 +26,8 @@ struct RAMDA {
 
   template <class C>
   BREGMAN_HD static Point<C> point(C, C, const C* state, const Hyper<C>& h) {
-    const C metric = cube_root(state[2]) + h.eps;
-    return {state[0] - state[1] / metric, h.alpha / metric};
+    const C inverse = C(1) / (cube_root(state[2]) + h.eps);
+    return {state[0] - state[1] * inverse, h.alpha * inverse};
   }
 
   template <class C>
