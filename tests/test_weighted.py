@@ -41,23 +41,22 @@ def test_it_is_the_minimiser(spread):
 
 
 @pytest.mark.parametrize("spread", [1.0, 10.0, 1e3, 1e5, 1e8])
-def test_fixed_steps_suffice_for_fp32(spread):
-    """Four Newton steps leave 2e-8, and one rounding at the end 6e-8, relative to the largest element."""
+def test_fp32_is_rounded_once(spread):
+    """What five Newton steps leave is far below the rounding of the result, relative to its largest element."""
     rng = np.random.default_rng(7)
     for _ in range(400):
         x, s, w = group(rng, spread)
         x, s = x.astype(np.float32).astype(np.float64), s.astype(np.float32).astype(np.float64)
         want, got = oracles.weighted_group_lasso(x, s, w), prox(x, s, w, torch.float32)
-        assert np.abs(got - want).max() <= 1e-7 * np.abs(want).max()
+        assert np.abs(got - want).max() <= 2.0**-24 * (1 + 1e-4) * np.abs(want).max()
 
 
 @pytest.mark.parametrize("name", registry.GROUP)
 def test_equal_step_sizes_give_the_usual_prox(name):
     reg = registry.GROUP[name](0.3)
     x = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    want = reg.prox(x, 0.4)
-    assert 0 < int((want == 0).sum()) or name in ("group_all", "group_kernel", "group_last", "group_out", "group_in")
-    torch.testing.assert_close(reg.prox(x, torch.full_like(x, 0.4)), want, rtol=0, atol=1e-14)
+    for step in (0.4, 4.0):
+        torch.testing.assert_close(reg.prox(x, torch.full_like(x, step)), reg.prox(x, step), rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.9])
@@ -75,7 +74,7 @@ def test_soft_threshold_and_then_the_group_is_exact_in_a_metric(alpha):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_edges(dtype):
     x = torch.tensor([[0.0, 0.0, 0.0], [3.0, 4.0, 0.0], [1e-30, 0.0, 1.0], [math.nan, 1.0, 2.0]], dtype=dtype)
-    s = torch.tensor([[1.0, 2.0, 0.0], [0.0, 0.0, 0.0], [0.0, math.inf, 1.0], [1.0, 1.0, 1.0]], dtype=dtype)
+    s = torch.tensor([[1.0, 2.0, 0.0], [0.0, 0.0, 0.0], [0.0, 5.0, 1.0], [1.0, 1.0, 1.0]], dtype=dtype)
     got = GroupLasso(0.5, "out", "none").prox(x, s)
     assert got[0].tolist() == [0, 0, 0], "a zero group"
     assert got[1].tolist() == [3, 4, 0], "step size 0 leaves it alone"

@@ -202,7 +202,7 @@ class RAMDA(_DualAveraging):
     >>> p.grad = torch.tensor([0.5, 0.0])
     >>> RAMDA([p], lr=1.0, reg=L1(0.1), momentum=1.0).step()
     >>> p.data
-    tensor([0.3651, 0.0000])
+    tensor([0.0476, 0.0000])
     """
 
     _dual_rule = RAMDARule()

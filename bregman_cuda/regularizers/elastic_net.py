@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._math import clamp
 from ._base import Separable
 
 
@@ -33,7 +34,7 @@ class ElasticNet(Separable):
 
     def _scalar_prox(self, x: Tensor, scale: Tensor) -> Tensor:
         threshold = scale * self.lam
-        return (x - x.clamp(-threshold, threshold)) / (1 + scale * self.l2)
+        return (x - clamp(x, threshold)) / (1 + scale * self.l2)
 
     def _slope(self, x: Tensor) -> Tensor:
         return self.lam * x.sign() + self.l2 * x

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._math import clamp
 from ._base import Separable
 
 
@@ -33,7 +34,7 @@ class L1(Separable):
 
     def _scalar_prox(self, x: Tensor, scale: Tensor) -> Tensor:
         threshold = scale * self.lam
-        return x - x.clamp(-threshold, threshold)  # identity minus projection: NaN stays NaN
+        return x - clamp(x, threshold)  # identity minus projection: NaN stays NaN
 
     def _slope(self, x: Tensor) -> Tensor:
         return self.lam * x.sign()
