@@ -56,7 +56,7 @@ def check(problem: Problem, driver: Driver) -> Outcome:
     sparse = [got.optimizer.prox_point(p) for p in got.optimizer.param_groups[0]["params"]]
     assert got.counts == [true_counts(sparse[i], reg) for i in counted or range(len(got.params))]
     if problem.dtype == torch.float32 and not case.averages:
-        assert all(map(same_bits, sparse, got.params))
+        assert all(map(torch.equal, sparse, got.params))
     return got
 
 

@@ -29,6 +29,7 @@ class Bucket:
 
     def __init__(self, rule: Rule, params: list[Tensor], states: list[dict[str, Any]], index: list[int]):
         self.rule, self.params, self.states, self.index = rule, params, states, index
+        self.dtype = params[0].dtype
         self.step = int(states[0]["step"])
         self.counters = [float(states[0][name]) for name in rule.counters]
         # Shared counters, new for this bucket: tensors that sit out a step keep the old ones.
@@ -185,8 +186,13 @@ class GroupPlan:
                 self.buckets.append(FusedBucket(kernels, reg, rule, chosen, states, positions))
 
     def is_current(self) -> bool:
-        """Whether the counters are where this plan left them: a compiled step moves them on without it."""
-        return all(b.states[0]["step"] is b.step_tensor and int(b.step_tensor) == b.step for b in self.buckets)
+        """Whether the counters are where this plan left them: a compiled step moves them on without it.
+
+        And whether the dtype is: tensors without elements have no address that would change with it."""
+        return all(
+            b.states[0]["step"] is b.step_tensor and int(b.step_tensor) == b.step and b.params[0].dtype == b.dtype
+            for b in self.buckets
+        )
 
     def run(self, group: dict[str, Any], grads: list[Tensor], grad_scale: float) -> None:
         if len(self.buckets) == 1:

@@ -108,8 +108,8 @@ def _step(group: dict[str, Any], rule: Rule, params: list[Tensor], states: list[
     grads: Any = [p.grad for p in params]
     step, counters = states[0]["step"], [states[0][name] for name in rule.counters]
     step += 1
-    for counter, more in zip(counters, rule.increments(group, step.double())):
-        counter += more
+    grown = zip(counters, rule.increments(group, step.double()))
+    counters = [counter.add_(more) for counter, more in grown]  # used below, or the graph would drop the addition
     h = rule.hyper(group, step.double(), *[counter.double() for counter in counters])
     values = _backend.step_scalars(reg, h, -1.0 if group["maximize"] else 1.0)
     none = torch.empty(0, dtype=torch.uint8, device=params[0].device)
