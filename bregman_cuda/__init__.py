@@ -2,10 +2,17 @@
 
 from ._backend import build_info as build_info
 from ._version import __version__ as __version__
+from .optim import RAMDA as RAMDA
+from .optim import RMDA as RMDA
 from .optim import AdaBreg as AdaBreg
+from .optim import AveragedProxSGD as AveragedProxSGD
 from .optim import LinBreg as LinBreg
+from .optim import MomentumGrowth as MomentumGrowth
+from .optim import ProxAdam as ProxAdam
 from .optim import ProxSGD as ProxSGD
+from .optim import Restarts as Restarts
 from .optim import SparseOptimizer as SparseOptimizer
+from .optim import SplitLBI as SplitLBI
 from .regularizers import L0 as L0
 from .regularizers import L1 as L1
 from .regularizers import MCP as MCP

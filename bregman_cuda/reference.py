@@ -35,18 +35,24 @@ def step_(
     """
     master = state.get("master") if rule.reads_param else None
     before = param.to(state_dtype(param)) if master is None else master
-    z, scale = rule.point(grad.to(before.dtype) * grad_scale, before, state, h)
+    grad = grad.to(before.dtype) * grad_scale
+    z, scale = rule.point(grad, before, state, h)
     if mask is not None:
         z = torch.where(mask, z, torch.zeros_like(z))
-        for slot in rule.slots:
-            state[slot].masked_fill_(~mask, 0)
+        _mask_state(rule, state, mask)
     q = z if reg is None else reg.prox(z, scale)
-    after = rule.finish(q, before, state, h)
+    after = rule.finish_late(q, grad, before, state, h) if rule.late else rule.finish(q, before, state, h)
     if mask is not None:
         after = torch.where(mask, after, torch.zeros_like(after))
+        _mask_state(rule, state, mask)
     if master is not None:
         master.copy_(after)
     param.copy_(after)
+
+
+def _mask_state(rule: Rule, state: State, mask: Tensor) -> None:
+    for slot in rule.slots:
+        state[slot].masked_fill_(~mask, 0)
 
 
 def count_nonzeros(param: Tensor, reg: Regularizer | None) -> tuple[Tensor, Tensor | None]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bregman_cuda import Regularizer, SparseOptimizer
+from bregman_cuda.optim._rule import COUNTERS
 
 MARGIN = 128  # elements before and after; a multiple of every vector, so that alignment is the layout's alone
 _INTEGERS = {
@@ -123,7 +124,7 @@ def guard_state(optimizer: SparseOptimizer, params: list[Any]) -> list[Buffer]:
     buffers = []
     for param in params:
         for name, tensor in optimizer.state[param].items():
-            if name != "step":
+            if name not in COUNTERS:
                 buffers.append(Buffer(tensor, strides=tensor.stride()))
                 optimizer.state[param][name] = buffers[-1].view
     optimizer._forget_plans()  # plans hold addresses
@@ -157,7 +158,7 @@ def assert_same(got: Outcome, want: Outcome, tolerance: float = 0.0, label: Call
         assert got.counts == want.counts
 
 
-def compare(a: Tensor, b: Tensor, tolerance: float, what: str) -> int:
+def compare(a: Tensor, b: Tensor, tolerance: float, what: str, relative: float = 0.0) -> int:
     """Asserts closeness and returns how many entries are zero on one side only."""
     if same_bits(a, b):
         return 0
@@ -166,5 +167,7 @@ def compare(a: Tensor, b: Tensor, tolerance: float, what: str) -> int:
     assert torch.equal(a.isnan(), b.isnan()), f"{what}: NaN on one side only"
     difference = torch.where(a == b, 0.0, (a - b).abs())  # equal infinities differ by zero
     difference = torch.where(a.isnan(), 0.0, difference)
+    if relative:
+        difference = (difference - relative * a.abs().nan_to_num()).clamp_min(0)
     assert float(difference.max()) <= tolerance, f"{what}: differs by {float(difference.max()):.3g} > {tolerance:.3g}"
     return int(((a == 0) != (b == 0)).sum())

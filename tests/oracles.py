@@ -137,3 +137,107 @@ def proxsgd(p0, grads, lrs, lam, momentum=0.0):
         m = momentum * m + g
         p = soft(p - lr * m, lr * lam)
     return p
+
+
+def averaged_proxsgd(p0, grads, lrs, lam, powers=(0.25, 0.5), rho=0.9, beta=0.999, eps=1e-8):
+    """Yang et al. 2020: the unit step in the metric tau, then the average; steps count from 1."""
+    p, v, r = p0, np.zeros_like(p0), np.zeros_like(p0)
+    for t, (g, lr) in enumerate(zip(grads, lrs), 1):
+        rho_t, eps_t = rho / (t + 4) ** powers[1], min(lr / (t + 4) ** powers[0], 1)
+        v = (1 - rho_t) * v + rho_t * g
+        r = beta * r + (1 - beta) * g**2
+        tau = np.sqrt(r / (1 - beta**t)) + eps
+        p = p + eps_t * (soft(p - v / tau, lam / tau) - p)
+    return p
+
+
+def _moments(grads, betas, amsgrad):
+    """Adam's m and v (with AMSGrad the largest v) and both corrections, step by step."""
+    m, v, largest = 0.0, 0.0, 0.0
+    for t, g in enumerate(grads, 1):
+        m = betas[0] * m + (1 - betas[0]) * g
+        v = betas[1] * v + (1 - betas[1]) * g**2
+        largest = np.maximum(largest, v)
+        yield m, largest if amsgrad else v, 1 - betas[0] ** t, 1 - betas[1] ** t
+
+
+def proxadam_consistent(p0, grads, lrs, lam, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, amsgrad=False):
+    """One corrected step lr / c1 for gradient and threshold."""
+    p = p0
+    for lr, (m, v, c1, c2) in zip(lrs, _moments(grads, betas, amsgrad)):
+        d = np.sqrt(v / c2) + eps
+        p = p - lr * weight_decay * p
+        p = soft(p - lr / c1 * m / d, lr / c1 * lam / d)
+    return p
+
+
+def proxadam_proxgen(p0, grads, lrs, lam, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, amsgrad=False):
+    """ProxGen's code: corrected moments, the bare lr in the threshold, decay before the step."""
+    p = p0
+    for lr, (m, v, c1, c2) in zip(lrs, _moments(grads, betas, amsgrad)):
+        d = np.sqrt(v / c2) + eps
+        p = p - lr * weight_decay * p
+        p = soft(p - lr * (m / c1) / d, lr * lam / d)
+    return p
+
+
+def proxadam_proxssi(p0, grads, lrs, lam, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, amsgrad=False):
+    """ProxSSI's code: the metric is not corrected, its correction sits in the step, decay after the step."""
+    p = p0
+    for lr, (m, v, c1, c2) in zip(lrs, _moments(grads, betas, amsgrad)):
+        d = np.sqrt(v) + eps
+        p = p - lr * np.sqrt(c2) / c1 * m / d
+        p = p - lr * weight_decay * p
+        p = soft(p, lr * lam / d)
+    return p
+
+
+def dual_averages(p0, grads, lrs, momentum, subproblem):
+    """RMDA and RAMDA: p after each average with argmin_q of what `subproblem(t, V, U, alpha)` minimises."""
+    v, u, alpha, p = np.zeros_like(p0), np.zeros_like(p0), 0.0, p0
+    for t, (g, lr) in enumerate(zip(grads, lrs), 1):
+        s = lr * math.sqrt(t)
+        v, u, alpha = v + s * g, u + s * g**2, alpha + s
+        q = subproblem(t, v, u, alpha)
+        p = (1 - momentum) * p + momentum * q
+    return p
+
+
+def rmda(p0, grads, lrs, lam, momentum=1.0):
+    """argmin <V, q> + sqrt(t) ||q - x0||^2 / 2 + alpha lam |q|_1, that is sqrt(t) (q - x0) + V + alpha lam sign(q) = 0."""
+
+    def subproblem(t, v, u, alpha):
+        return soft(math.sqrt(t) * p0 - v, alpha * lam) / math.sqrt(t)
+
+    return dual_averages(p0, grads, lrs, momentum, subproblem)
+
+
+def ramda(p0, grads, lrs, lam, momentum=1.0, eps=1e-6):
+    """argmin <V, q> + sum P (q - x0)^2 / 2 + alpha lam |q|_1, that is P (q - x0) + V + alpha lam sign(q) = 0."""
+
+    def subproblem(t, v, u, alpha):
+        metric = np.cbrt(u) + eps
+        return soft(metric * p0 - v, alpha * lam) / metric
+
+    return dual_averages(p0, grads, lrs, momentum, subproblem)
+
+
+def weighted_group_residual(x: np.ndarray, z: np.ndarray, s: np.ndarray, l1: float, l2: float) -> float:
+    """Distance of 0 from the subdifferential of  l1 |z|_1 + l2 ||z||_2 + sum (z - x)^2 / (2 s)  at z (one group)."""
+    norm, pull = np.linalg.norm(z), (z - x) / s
+    if norm == 0:
+        return max(0.0, float(np.linalg.norm(np.maximum(np.abs(pull) - l1, 0))) - l2)
+    smooth = pull + l2 * z / norm
+    rest = np.where(z == 0, np.maximum(np.abs(smooth) - l1, 0), np.abs(smooth + l1 * np.sign(z)))
+    return float(np.linalg.norm(rest))
+
+
+def weighted_group_lasso(x: np.ndarray, s: np.ndarray, w: float) -> np.ndarray:
+    """argmin  w ||z||_2 + sum (z - x)^2 / (2 s)  by 200 bisections for theta = ||z|| (one group)."""
+    if np.linalg.norm(x / s) <= w:
+        return np.zeros_like(x)
+    low, high = 0.0, float(np.linalg.norm(x))
+    for _ in range(200):
+        theta = 0.5 * (low + high)
+        low, high = (theta, high) if np.sum((x / (theta + w * s)) ** 2) > 1 else (low, theta)
+    return x * theta / (theta + w * s)

@@ -14,8 +14,11 @@ from bregman_cuda import (
     L0,
     L1,
     MCP,
+    RAMDA,
+    RMDA,
     SCAD,
     AdaBreg,
+    AveragedProxSGD,
     ElasticNet,
     GroupL0,
     GroupLasso,
@@ -27,6 +30,7 @@ from bregman_cuda import (
     LinBreg,
     LTwoThirds,
     NonnegL1,
+    ProxAdam,
     ProxSGD,
     Regularizer,
     SparseGroupLasso,
@@ -42,10 +46,18 @@ class RuleCase:
     options: dict[str, Any] = field(default_factory=dict)
     kernel_rule: str = ""
     dual: bool = True  # whether the parameter is prox(delta * dual)
+    metric: bool = False  # whether each element has a prox scale of its own
+    averages: bool = False  # whether the parameter is an average of prox points
+
+    def has_kernels(self, reg: Regularizer | None) -> bool:
+        """Not yet for groups in a metric."""
+        return not (self.metric and reg is not None and reg.radial is not None)
 
     def make(self, params: Any, reg: Regularizer | None, **options: Any) -> SparseOptimizer:
         if not self.dual:
             options.pop("delta", None)
+        if options.get("fused") and not self.has_kernels(reg):
+            options["fused"] = False
         return self.optimizer(params, reg=reg, **{**self.options, **options})
 
 
@@ -56,7 +68,27 @@ RULES = {
     "adabreg": RuleCase(AdaBreg, {"lr": 0.1}, "adabreg"),
     "proxsgd": RuleCase(ProxSGD, {"lr": 0.25}, "proxsgd", dual=False),
     "proxsgd_momentum": RuleCase(ProxSGD, {"lr": 0.25, "momentum": 0.75}, "proxsgd_momentum", dual=False),
+    "averaged_proxsgd": RuleCase(
+        AveragedProxSGD, {"lr": 0.25, "powers": (0.25, 0.5)}, "averaged_proxsgd", dual=False, metric=True, averages=True
+    ),
+    "proxadam": RuleCase(ProxAdam, {"lr": 0.1, "weight_decay": 0.01}, "proxadam", dual=False, metric=True),
+    "proxadam_amsgrad": RuleCase(
+        ProxAdam,
+        {"lr": 0.1, "amsgrad": True, "weight_decay": 0.01, "bias_correction": "proxgen"},
+        "proxadam_amsgrad",
+        dual=False,
+        metric=True,
+    ),
+    "rmda": RuleCase(RMDA, {"lr": 0.25, "momentum": 1.0}, "rmda", dual=False),
+    "rmda_averaged": RuleCase(RMDA, {"lr": 0.25, "momentum": 0.25}, "rmda", dual=False, averages=True),
+    "ramda": RuleCase(RAMDA, {"lr": 0.1, "momentum": 1.0}, "ramda", dual=False, metric=True),
+    "ramda_averaged": RuleCase(
+        RAMDA, {"lr": 0.1, "momentum": 0.25}, "ramda", dual=False, metric=True, averages=True
+    ),
 }
+
+
+ROOTED = {"adabreg", "averaged_proxsgd", "proxadam", "proxadam_amsgrad"}  # with a square root per element
 
 
 @dataclass(frozen=True)

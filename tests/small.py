@@ -8,6 +8,8 @@ import registry
 import torch
 from harness import same_bits
 
+from bregman_cuda.optim._rule import COUNTERS
+
 SHAPES = [(6, 5), (4, 3, 3, 3), (7, 2)]
 
 
@@ -32,7 +34,7 @@ def snapshot(optimizer) -> list:
     """Bits of every parameter and state tensor, and all options."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     state = {
-        (i, k): v.clone() for i, p in enumerate(params) for k, v in optimizer.state.get(p, {}).items() if k != "step"
+        (i, k): v.clone() for i, p in enumerate(params) for k, v in optimizer.state.get(p, {}).items() if k not in COUNTERS
     }
     options = [{k: copy.deepcopy(v) for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     return [[p.detach().clone() for p in params], state, options]

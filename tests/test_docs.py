@@ -65,7 +65,8 @@ def test_page_adds_a_regularizer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "module",
     [
-        *(optim.linbreg, optim.adabreg, optim.proxsgd, regularizers.l1, regularizers.group_lasso, regularizers.l0),
+        *(optim.linbreg, optim.adabreg, optim.proxsgd, optim.averaged_proxsgd, optim.proxadam, optim.rmda),
+        *(optim.stages, optim.splitlbi, regularizers.l1, regularizers.group_lasso, regularizers.l0),
         *(regularizers.l_half, regularizers.l_two_thirds, regularizers.mcp, regularizers.scad),
     ],
     ids=lambda module: module.__name__.rpartition(".")[2],
@@ -95,9 +96,11 @@ def test_both_sides_hold_the_same_names() -> None:
     rules = {cls.name: cls() for cls in all_rules(Rule) if hasattr(cls, "name")}
     assert sorted(rules) == sorted(kernels.rules)
     group = dict(lr=0.1, delta=1.0, momentum=0.5, momentum_style="paper", betas=(0.9, 0.99), eps=1e-8)
-    for name, (_, slots, hypers) in kernels.rules.items():
+    group |= dict(rho=0.9, beta=0.9, powers=(0.5, 0.5), weight_decay=0.1, bias_correction="proxgen")
+    for name, (_, slots, hypers, metric) in kernels.rules.items():
         assert list(rules[name].slots) == slots
-        assert list(rules[name].hyper(group, 1)) == hypers
+        assert list(rules[name].hyper(group, 1, *[1.0] * len(rules[name].counters))) == hypers
+        assert rules[name].metric == metric
     values = {"lam": 0.1, "l2": 0.1, "gamma": 3.0, "a": 3.7}
     known = bregman_cuda.Regularizer.registry.values()  # also those that other tests defined
     classes = [cls for cls in known if hasattr(cls, "kernel") and cls.__module__.startswith("bregman_cuda.")]

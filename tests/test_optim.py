@@ -34,7 +34,7 @@ CHANGES = {
 def test_a_change_takes_effect_at_the_next_step(kernel_driver, rule, change):
     """Kernels with plans kept from before the change, against the reference, bit for bit."""
     sides = []
-    for fused in (True, False):
+    for fused in (None, False):
         params = model()
         optimizer = registry.RULES[rule].make(params, L1(0.1), fused=fused)
         train(optimizer, params, 2)

@@ -2,5 +2,12 @@
 
 from ._base import SparseOptimizer as SparseOptimizer
 from .adabreg import AdaBreg as AdaBreg
+from .averaged_proxsgd import AveragedProxSGD as AveragedProxSGD
 from .linbreg import LinBreg as LinBreg
+from .proxadam import ProxAdam as ProxAdam
 from .proxsgd import ProxSGD as ProxSGD
+from .rmda import RAMDA as RAMDA
+from .rmda import RMDA as RMDA
+from .splitlbi import SplitLBI as SplitLBI
+from .stages import MomentumGrowth as MomentumGrowth
+from .stages import Restarts as Restarts

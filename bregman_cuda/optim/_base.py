@@ -13,8 +13,8 @@ from ..reference import state_dtype
 from ..regularizers import Regularizer
 from ..regularizers._base import check_number
 from . import _checkpoint, _masks
-from ._plan import Amp, Bucket, GroupPlan, slots_of
-from ._rule import Rule
+from ._plan import Amp, Bucket, GroupPlan, counter_values, slots_of
+from ._rule import COUNTERS, Rule
 from ._shards import is_sharded, local, local_grads, why_groups_cross
 from ._traced import traced_step
 
@@ -27,6 +27,8 @@ class SparseOptimizer(torch.optim.Optimizer):
     A subclass says which rule serves a group (`_rule`) and checks its own hyper-parameters (`_check_group`).
     Parameters without a gradient are skipped: neither their state nor their sparsity changes.
     """
+
+    dense_params = False  # whether the sparse points lie beside the parameters: averages of them, or twins
 
     # torch.amp.GradScaler then leaves unscaling and the skip on overflow to `step`.
     _step_supports_amp_scaling = True
@@ -82,6 +84,8 @@ class SparseOptimizer(torch.optim.Optimizer):
     def _check(self, group: dict[str, Any]) -> None:
         self._check_options(group)
         owner, reg = type(self).__name__, group["reg"]
+        if reg is not None and self._rule(group).metric and (why := reg.why_not_weighted()):
+            raise ValueError(f"{owner}: every weight has a step size of its own here, and {why}")
         for index, param in enumerate(group["params"]):
             if not param.is_floating_point():
                 raise TypeError(
@@ -222,7 +226,8 @@ class SparseOptimizer(torch.optim.Optimizer):
     def _init_state(self, param: Tensor, group: dict[str, Any], rule: Rule) -> dict[str, Any]:
         """The parameter's state, with what the rule needs and is not there yet."""
         state: dict[str, Any] = self.state[param]
-        state.setdefault("step", torch.tensor(0.0, dtype=torch.float64))  # fp32 stops at 2 ** 24
+        for name in ("step", *rule.counters):
+            state.setdefault(name, torch.tensor(0.0, dtype=torch.float64))  # fp32 stops counting at 2 ** 24
         mask, dtype, slots = state.get("mask"), state_dtype(param), slots_of(rule, param)
         if "master" not in slots:
             state.pop("master", None)  # the parameter became its own master: model.float()
@@ -246,12 +251,15 @@ class SparseOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             self._check(group)
             rule = self._rule(group)
-            counters: dict[Any, Tensor] = {}
+            shared: dict[Any, Tensor] = {}
             for param in group["params"]:
                 if param.grad is not None:
                     state = self._init_state(param, group, rule)
-                    step = state["step"].to(param.device if group["capturable"] else "cpu", torch.float64, copy=True)
-                    state["step"] = counters.setdefault((param.device, param.dtype, float(step)), step)
+                    key = (param.device, param.dtype, *counter_values(rule, state))
+                    where = param.device if group["capturable"] else "cpu"
+                    for name in ("step", *rule.counters):
+                        counter = state[name].to(where, torch.float64, copy=True)
+                        state[name] = shared.setdefault((name, *key), counter)
 
     @torch.no_grad()
     def set_mask(self, param: Tensor, mask: Tensor | None) -> None:
@@ -283,7 +291,7 @@ class SparseOptimizer(torch.optim.Optimizer):
                 )
             mask = mask.to(param.device)
             state["mask"] = _masks.pack(mask)
-            for tensor in (param, *(t for key, t in state.items() if key not in ("step", "mask"))):
+            for tensor in (param, *(t for key, t in state.items() if key not in (*COUNTERS, "mask"))):
                 tensor.masked_fill_(~mask, 0)
         self._forget_plans()
 
@@ -300,6 +308,10 @@ class SparseOptimizer(torch.optim.Optimizer):
         from ..sparsity.report import optimizer_report
 
         return optimizer_report(self)
+
+    def prox_point(self, param: Tensor) -> Tensor:
+        """The sparse value of a parameter, which `density` counts: itself, unless the optimizer says otherwise."""
+        return param.detach()
 
     def _buckets(self) -> Iterator[tuple[dict[str, Any], Bucket]]:
         """The buckets of the current plans, each with its parameter group."""
@@ -341,7 +353,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             params = [p for group in self.param_groups for p in group["params"]]
             for i, param in zip(ids, params):
                 for key, value in loaded["state"].get(i, {}).items():
-                    if key == "step":
+                    if key in COUNTERS:
                         self.state[param][key] = torch.tensor(float(value), dtype=torch.float64)
                     else:
                         self.state[param][key] = value.to(param.device, copy=True)

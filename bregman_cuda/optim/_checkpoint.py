@@ -57,19 +57,19 @@ def _check_group(optimizer: SparseOptimizer, where: str, mine: dict[str, Any], t
 
 def _check_state(where: str, rule: Rule, param: Tensor, saved: dict[str, Any]) -> None:
     """A parameter that has not stepped yet has no state, or a mask alone."""
-    slots = slots_of(rule, param)
-    if unknown := {*saved} - {*rule.slots, "step", "mask", "master", "momentum_buffer"}:
+    slots, counters = slots_of(rule, param), {"step", *rule.counters}
+    # These may have been switched on, or the parameter become 16 bits wide, after the last step.
+    later = {"momentum_buffer", "max_exp_avg_sq", "master"}
+    if unknown := {*saved} - {*rule.slots, *counters, "mask", *later}:
         raise ValueError(f"{where} has unknown entries {', '.join(map(repr, sorted(unknown)))}: another optimizer's?")
     if {*saved} - {"mask"}:
-        # Momentum may have been switched on, or the parameter become 16 bits wide, after the last step.
-        later = {"momentum_buffer", "master"}
-        if missing := {"step", *slots} - {*saved} - later:
+        if missing := {*counters, *slots} - {*saved} - later:
             raise KeyError(f"{where} has no {', '.join(map(repr, sorted(missing)))}")
     for key, value in saved.items():
-        if key == "step":
+        if key in counters:
             number = value.item() if torch.is_tensor(value) and value.numel() == 1 else value
             if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number < math.inf:
-                raise ValueError(f"{where}: step must be a number >= 0, got {value!r}")
+                raise ValueError(f"{where}: {key} must be a number >= 0, got {value!r}")
             continue
         if not torch.is_tensor(value):
             raise TypeError(f"{where}: {key} must be a tensor, got {value!r}")

@@ -44,7 +44,7 @@ class Amp:
 
 
 class Bucket:
-    """Parameters of one device, dtype and step count.
+    """Parameters of one device, dtype and step count (and of the same value of the rule's other counters).
 
     A bucket is `live` where the scalars of its steps are device memory that kernels read: under `capturable`, and
     from the first overflow flag on that lies on a device. Nothing is read back then.
@@ -52,31 +52,42 @@ class Bucket:
 
     def __init__(self, rule: Rule, params: list[Tensor], states: list[dict[str, Any]], index: list[int], live: bool):
         self.rule, self.params, self.states, self.index, self.live = rule, params, states, index, live
-        self.step = int(states[0]["step"])
-        # One shared counter, new for this bucket: tensors that sit out a step keep the old one.
+        self.dtype = params[0].dtype
+        self.step, *self.counters = counter_values(rule, states[0])
+        # Shared counters, new for this bucket: tensors that sit out a step keep the old ones.
         where = params[0].device if live else "cpu"
-        self.step_tensor = torch.full((), float(self.step), dtype=torch.float64, device=where)
+        values = (self.step, *self.counters)
+        self.tensors = [torch.full((), value, dtype=torch.float64, device=where) for value in values]
         self._share()
 
     def _share(self) -> None:
         for state in self.states:
-            state["step"] = self.step_tensor
+            state.update(zip(("step", *self.rule.counters), self.tensors))
+
+    def _next(self, group: dict[str, Any], step: Any, *counters: Any) -> tuple[Any, ...]:
+        """Number and counters of the next step."""
+        more = self.rule.increments(group, step + 1)
+        return step + 1, *(known + one for known, one in zip(counters, more))
 
     def run(self, group: dict[str, Any], grads: list[Tensor], amp: Amp) -> None:
         """One step; nothing at all, the step count included, if `amp` says so."""
         if not self.live and amp.found_inf is not None and amp.found_inf.device.type != "cpu":
-            self.live, self.step_tensor = True, self.step_tensor.to(self.params[0].device)
+            self.live, self.tensors = True, [tensor.to(self.params[0].device) for tensor in self.tensors]
             self._share()
         if self.live:
             factor, skip = amp.on_device(self.params[0].device)
-            self.run_live(group, grads, self.rule.hyper(group, self.step_tensor + 1), factor, skip)
-            self.step_tensor += 1 - skip
+            after = self._next(group, *self.tensors)
+            self.run_live(group, grads, self.rule.hyper(group, *after), factor, skip)
+            for tensor, value in zip(self.tensors, after):
+                tensor.copy_(torch.where(skip != 0, tensor, value) if torch.is_tensor(skip) else value)
             return
         factor, skip = amp.on_host()
         if not skip:
-            self.run_host(group, grads, self.rule.hyper(group, self.step + 1), factor)
-            self.step += 1
-            self.step_tensor.fill_(float(self.step))
+            after = tuple(map(float, self._next(group, self.step, *self.counters)))
+            self.run_host(group, grads, self.rule.hyper(group, *after), factor)
+            self.step, *self.counters = after
+            for tensor, value in zip(self.tensors, after):
+                tensor.fill_(value)
 
     def run_host(self, group: dict[str, Any], grads: list[Tensor], h: Hyper, factor: float) -> None:
         raise NotImplementedError
@@ -85,8 +96,13 @@ class Bucket:
         raise NotImplementedError
 
     def is_current(self) -> bool:
-        """Whether the counter is where this bucket left it: a compiled step moves it on without it."""
-        return self.states[0]["step"] is self.step_tensor and (self.live or int(self.step_tensor) == self.step)
+        """Whether the counter is where this bucket left it: a compiled step moves it on without it.
+
+        And whether the dtype is: tensors without elements have no address that would change with it.
+        """
+        if self.states[0]["step"] is not self.tensors[0] or self.params[0].dtype != self.dtype:
+            return False
+        return self.live or float(self.tensors[0]) == self.step
 
     def counts(self) -> Counts | None:
         """Non-zeros as counted by the last step; None if it did not count."""
@@ -202,6 +218,11 @@ def in_one_tensor(scalars: list[Any], device: torch.device) -> Tensor:
     )
 
 
+def counter_values(rule: Rule, state: dict[str, Any]) -> tuple[float, ...]:
+    """The step count and the rule's other counters."""
+    return tuple(float(state[name]) for name in ("step", *rule.counters))
+
+
 def slots_of(rule: Rule, param: Tensor) -> tuple[str, ...]:
     """State tensors of the parameter's shape: the rule's, and the fp32 master of a 16-bit parameter that it reads."""
     wants_master = rule.reads_param and param.dtype in (torch.bfloat16, torch.float16)
@@ -235,7 +256,7 @@ class GroupPlan:
             if group["fused"] and kernels is None:
                 raise RuntimeError(f"fused=True, but {optimizer._describe(group, i)} cannot use kernels: {why}")
             live = group["capturable"] or state["step"].device.type != "cpu"
-            key = (params[i].device, params[i].dtype, int(state["step"]), live, kernels)
+            key = (params[i].device, params[i].dtype, *counter_values(rule, state), live, kernels)
             split.setdefault(key, []).append(position)
         for (*_, live, kernels), positions in split.items():
             states = [optimizer.state[params[active[k]]] for k in positions]

@@ -9,11 +9,17 @@ from torch import Tensor
 
 State = dict[str, Tensor]
 Hyper = dict[str, Any]  # floats, or 0-dim tensors where an option or the step count is one
+COUNTERS = ("step", "alpha")  # the scalars of a state, in float64; everything else has the parameter's shape
 
 
 def number(value: float | Tensor) -> Any:
     """A hyper-parameter as a float; a tensor as a 0-dim float64 tensor: reading it may synchronise, or be forbidden."""
     return value.double().reshape(()) if torch.is_tensor(value) else float(value)
+
+
+def at_most_one(value: float | Tensor) -> Any:
+    """min(value, 1)."""
+    return value.clamp(max=1.0) if torch.is_tensor(value) else min(value, 1.0)
 
 
 class Rule:
@@ -27,13 +33,21 @@ class Rule:
     name: str
     slots: tuple[str, ...] = ()  # state tensors of the parameter's shape, in the order of the kernel
     reads_param: bool = False  # False: the parameter is a function of the state alone
+    late: bool = False  # whether `finish_late` advances the state, and `point` does not
+    metric: bool = False  # whether each element has a prox scale of its own
+    counters: tuple[str, ...] = ()  # scalars besides the step count, from COUNTERS, that grow once per step
 
-    def hyper(self, group: dict[str, Any], step: Any) -> Hyper:
+    def hyper(self, group: dict[str, Any], step: Any, *counters: Any) -> Hyper:
         """The scalars of step number `step` (from 1), in the order of the kernel's Hyper.
 
-        `step` is an int, or a 0-dim float64 tensor in captured and compiled steps.
+        Here and in `increments`, options, steps and counters are numbers, or 0-dim float64 tensors where steps are
+        captured or compiled.
         """
         raise NotImplementedError
+
+    def increments(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
+        """How much each of the counters grows at step number `step`."""
+        return ()
 
     def init_slot(self, slot: str, param: Tensor, group: dict[str, Any]) -> Tensor | None:
         """Initial value of a state tensor from the parameter (in the state's dtype); None for zeros."""
@@ -46,3 +60,7 @@ class Rule:
     def finish(self, q: Tensor, param: Tensor, state: State, h: Hyper) -> Tensor:
         """The new parameter from the prox point."""
         return q
+
+    def finish_late(self, q: Tensor, grad: Tensor, param: Tensor, state: State, h: Hyper) -> Tensor:
+        """The same for a late rule, whose new state it writes, too."""
+        raise NotImplementedError

@@ -107,9 +107,12 @@ def traced_step(optimizer: SparseOptimizer) -> None:
 def _step(group: dict[str, Any], rule: Rule, params: list[Tensor], states: list[dict[str, Any]]) -> None:
     reg = group["reg"]
     grads: Any = [p.grad for p in params]
-    step = states[0]["step"]
+    step, counters = states[0]["step"], [states[0][name] for name in rule.counters]
     step += 1
-    values = _backend.step_scalars(reg, rule.hyper(group, step.double()), -1.0 if group["maximize"] else 1.0)
+    grown = zip(counters, rule.increments(group, step.double()))
+    counters = [counter.add_(more) for counter, more in grown]  # used below, or the graph would drop the addition
+    h = rule.hyper(group, step.double(), *[counter.double() for counter in counters])
+    values = _backend.step_scalars(reg, h, -1.0 if group["maximize"] else 1.0)
     none = torch.empty(0, dtype=torch.uint8, device=params[0].device)
     fused_step_(
         params,

@@ -7,16 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
+from .._math import square_root
 from ..regularizers import Regularizer
 from ..regularizers._base import check_number
 from ._base import SparseOptimizer
 from ._rule import Hyper, Rule, State, number
 from .linbreg import BregmanRule, check_convex, check_delta, check_momentum
-
-
-def square_root(x: Tensor) -> Tensor:
-    """Correctly rounded in fp32, as in the kernels; torch's own (MKL on the CPU) is off by an ulp in 3% of cases."""
-    return x.double().sqrt().to(x.dtype)
 
 
 class AdaBregRule(BregmanRule):
@@ -93,13 +89,18 @@ class AdaBreg(SparseOptimizer):
         check_convex("AdaBreg", group["reg"])
         check_delta("AdaBreg", group["delta"])
         check_number("AdaBreg", "eps", group["eps"])
-        if not isinstance(group["betas"], (tuple, list)) or len(group["betas"]) != 2:
-            raise ValueError(f"AdaBreg: betas must be a pair, got {group['betas']!r}")
-        for index, beta in enumerate(group["betas"]):
-            check_momentum("AdaBreg", beta, f"betas[{index}]")
+        check_betas("AdaBreg", group["betas"])
 
     def _rule(self, group: dict[str, Any]) -> Rule:
         return _RULE
+
+
+def check_betas(owner: str, betas: Any) -> None:
+    """Adam's decay rates are a pair of numbers in [0, 1)."""
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"{owner}: betas must be a pair, got {betas!r}")
+    for index, beta in enumerate(betas):
+        check_momentum(owner, beta, f"betas[{index}]")
 
 
 _RULE = AdaBregRule()

@@ -27,7 +27,7 @@ class SplitLBIRule(Rule):
     reads_param = True
     late = True
 
-    def hyper(self, group: dict[str, Any], step: Any) -> Hyper:
+    def hyper(self, group: dict[str, Any], step: Any, *counters: Any) -> Hyper:
         lr = number(group["lr"])
         return {
             "lr": lr,
@@ -52,7 +52,7 @@ class SplitLBIMomentumRule(SplitLBIRule):
     name = "splitlbi_momentum"
     slots = ("dual", "momentum_buffer")
 
-    def hyper(self, group: dict[str, Any], step: Any) -> Hyper:
+    def hyper(self, group: dict[str, Any], step: Any, *counters: Any) -> Hyper:
         inside = group["coupling"] == "inside"
         return {
             **super().hyper(group, step),

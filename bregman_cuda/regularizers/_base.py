@@ -15,6 +15,9 @@ from typing import Any, ClassVar, Union
 import torch
 from torch import Tensor
 
+from ._weighted import weighted_group_prox
+
+
 Step = Union[float, Tensor]
 _GROUP_NAMES = {"out": (0,), "in": (1,), "kernel": (0, 1)}
 
@@ -109,14 +112,45 @@ class Regularizer:
 
         Args:
             x: floating tensor of any shape.
-            step: the step size, a float or a 0-dim tensor of x's dtype.
+            step: the step size, a float or a 0-dim tensor of x's dtype; or one per element, a tensor of x's shape:
+                argmin_z  J(z) + sum_i (z_i - x_i)^2 / (2 step_i), the prox in a diagonal metric.
+
+        Raises:
+            ValueError: steps per element, and a penalty on group norms whose prox is not known then.
         """
         scale = torch.as_tensor(step, dtype=x.dtype, device=x.device)
+        per_element = torch.is_tensor(step) and step.shape == x.shape
+        if per_element and (why := self.why_not_weighted()):
+            raise ValueError(f"prox: with a step size for each element, {why}")
         if self.elementwise is not None:
             x = self.elementwise._scalar_prox(x, scale)
+        if self.radial is not None and per_element:
+            dims = self.groups_of(x.shape) or ()
+            reduced = [d for d in range(x.ndim) if d not in dims]
+            level, slope = self.radial.line() or (0.0, 0.0)
+            level, slope = (torch.as_tensor(v, dtype=x.dtype, device=x.device) for v in (level, slope))
+            weight = self.group_weight(x.shape) if x.numel() else 1.0
+            return weighted_group_prox(x, scale, level * weight, slope * weight, reduced)
         if self.radial is not None and x.numel():
             x = x * self._radial_factor(self.group_norms(x), scale * self.group_weight(x.shape))
         return x
+
+    def why_not_weighted(self) -> str:
+        """Empty, or why the prox with a step size for each element is not known.
+
+        Separable penalties always have it. On group norms, those have whose slope is a line (`Separable.line`). With an
+        elementwise phi below, it is the prox of phi followed by that of the norm if phi(t x) = t phi(x) for t >= 0:
+        phi's subgradients depend on signs alone then, which shrinking a group keeps.
+        """
+        if self.radial is None:
+            return ""
+        for part, known, where in (
+            (self.radial, self.radial.line() is not None, "on group norms has no slope that is a line"),
+            (self.elementwise, getattr(self.elementwise, "homogeneous", True), "below group norms is not homogeneous"),
+        ):
+            if not known:
+                return f"{type(self).__name__} has no known prox: {type(part).__name__} {where}"
+        return ""
 
     def subgradient(self, x: Tensor) -> Tensor:
         """The element of smallest norm of the subdifferential of J at x (zero where x is zero)."""
@@ -194,6 +228,7 @@ class Separable(Regularizer):
     """A scalar penalty phi on every element. A subclass writes the five functions below and names its kernel."""
 
     kernel: ClassVar[str]  # its entry in csrc/math/penalty_list.h
+    homogeneous: ClassVar[bool] = False  # whether phi(t x) = t phi(x) for t >= 0
 
     @property
     def elementwise(self) -> Separable | None:
@@ -202,6 +237,11 @@ class Separable(Regularizer):
     def parameters(self) -> dict[str, float]:
         """The kernel's parameters by name."""
         raise NotImplementedError
+
+    def line(self) -> tuple[Any, Any] | None:
+        """(level, slope) if phi'(t) = level - slope * t for t > 0 (as far as it is positive): as a group penalty it has
+        a prox in a diagonal metric then."""
+        return None
 
     def _phi(self, x: Tensor) -> Tensor:
         raise NotImplementedError

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._math import clamp
 from ._base import Separable
 
 
@@ -28,12 +30,15 @@ class ElasticNet(Separable):
     def parameters(self) -> dict[str, float]:
         return {"lam": self.lam, "l2": self.l2}
 
+    def line(self) -> tuple[Any, Any]:
+        return self.lam, -self.l2
+
     def _phi(self, x: Tensor) -> Tensor:
         return self.lam * x.abs() + 0.5 * self.l2 * x.square()
 
     def _scalar_prox(self, x: Tensor, scale: Tensor) -> Tensor:
         threshold = scale * self.lam
-        return (x - x.clamp(-threshold, threshold)) / (1 + scale * self.l2)
+        return (x - clamp(x, threshold)) / (1 + scale * self.l2)
 
     def _slope(self, x: Tensor) -> Tensor:
         return self.lam * x.sign() + self.l2 * x

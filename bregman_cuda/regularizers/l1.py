@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._math import clamp
 from ._base import Separable
 
 
@@ -23,16 +25,20 @@ class L1(Separable):
 
     lam: float
     kernel = "l1"
+    homogeneous = True
 
     def parameters(self) -> dict[str, float]:
         return {"lam": self.lam}
+
+    def line(self) -> tuple[Any, Any]:
+        return self.lam, 0.0
 
     def _phi(self, x: Tensor) -> Tensor:
         return self.lam * x.abs()
 
     def _scalar_prox(self, x: Tensor, scale: Tensor) -> Tensor:
         threshold = scale * self.lam
-        return x - x.clamp(-threshold, threshold)  # identity minus projection: NaN stays NaN
+        return x - clamp(x, threshold)  # identity minus projection: NaN stays NaN
 
     def _slope(self, x: Tensor) -> Tensor:
         return self.lam * x.sign()

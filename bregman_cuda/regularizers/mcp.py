@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,9 @@ class MCP(Separable):
 
     def parameters(self) -> dict[str, float]:
         return {"lam": self.lam, "gamma": self.gamma}
+
+    def line(self) -> tuple[Any, Any]:
+        return self.lam, 1 / self.gamma
 
     def _phi(self, x: Tensor) -> Tensor:
         m = x.abs().clamp_max(self.gamma * self.lam)

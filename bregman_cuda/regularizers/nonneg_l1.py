@@ -22,6 +22,7 @@ class NonnegL1(Separable):
 
     lam: float
     kernel = "nonneg_l1"
+    homogeneous = True
 
     def parameters(self) -> dict[str, float]:
         return {"lam": self.lam}

@@ -126,8 +126,8 @@ def density(model_or_optimizer: nn.Module | torch.optim.Optimizer, groups: Group
 def optimizer_report(optimizer: SparseOptimizer) -> DensityReport:
     """The rows of `optimizer.density()`: what is regularized or masked, or everything where nothing is.
 
-    Counts of the last step are read where it left some; other tensors are counted now. Groups are those of the
-    regularizer.
+    Counts of the last step are read where it left some; other tensors are counted now, and so are prox points where
+    parameters are averages of them. Groups are those of the regularizer.
     """
     last = _last_counts(optimizer)
     rows, everything = [], []
@@ -136,8 +136,10 @@ def optimizer_report(optimizer: SparseOptimizer) -> DensityReport:
         names = group.get("param_names") or [f"group {number}, parameter {i}" for i in range(len(group["params"]))]
         for name, parameter in zip(names, group["params"], strict=True):
             dims = None if reg is None or reg.radial is None else reg.groups_of(parameter.shape)
-            one = _Counted(name, parameter, dims, *last[parameter]) if parameter in last else None
-            everything.append(one or _count(name, parameter, dims))
+            if parameter in last and not optimizer.dense_params:
+                everything.append(_Counted(name, parameter, dims, *last[parameter]))
+            else:
+                everything.append(_count(name, optimizer.prox_point(parameter), dims))
             if reg is not None or "mask" in optimizer.state.get(parameter, {}):
                 rows.append(everything[-1])
     return _report(rows or everything, everything)

@@ -39,7 +39,7 @@ struct Arrays {
         slot1(static_cast<C*>(t.state[1])),
         slot2(static_cast<C*>(t.state[2])),
         master(static_cast<C*>(t.state[kSlots])) {
-    static_assert(kSlots + kMaster <= 3);
+    static_assert(kSlots <= 3 && kSlots + kMaster <= kMaxSlots);
   }
 
   BREGMAN_HD void load_state(int64_t i, C* s) const {

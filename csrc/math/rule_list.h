@@ -2,17 +2,31 @@
 #pragma once
 
 #include "rules/adabreg.h"
+#include "rules/averaged_proxsgd.h"
 #include "rules/linbreg.h"
 #include "rules/linbreg_momentum.h"
+#include "rules/proxadam.h"
+#include "rules/proxadam_amsgrad.h"
 #include "rules/proxsgd.h"
 #include "rules/proxsgd_momentum.h"
+#include "rules/ramda.h"
+#include "rules/rmda.h"
+#include "rules/splitlbi.h"
+#include "rules/splitlbi_momentum.h"
 
 #define BREGMAN_RULES(X)                  \
   X(LinBreg, linbreg)                     \
   X(LinBregMomentum, linbreg_momentum)    \
   X(AdaBreg, adabreg)                     \
   X(ProxSGD, proxsgd)                     \
-  X(ProxSGDMomentum, proxsgd_momentum)
+  X(ProxSGDMomentum, proxsgd_momentum)    \
+  X(AveragedProxSGD, averaged_proxsgd)    \
+  X(ProxAdam, proxadam)                   \
+  X(ProxAdamAMSGrad, proxadam_amsgrad)    \
+  X(RMDA, rmda)                           \
+  X(RAMDA, ramda)                         \
+  X(SplitLBI, splitlbi)                   \
+  X(SplitLBIMomentum, splitlbi_momentum)
 
 BREGMAN_BEGIN
 

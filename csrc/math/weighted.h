@@ -86,7 +86,7 @@ BREGMAN_HD double root_step(double t, const Sums& sums) {
   if (!(sums.a > 1)) return next;  // at the root, or right of it
   const float exponent = log2f(float(sums.a)) * float(sums.a / (2 * t * sums.b));
   double far = t * double(exp2f(exponent < 60 ? exponent : 60));
-  far = far < 1e6 * next ? far : 1e6 * next;
+  far = far < 1e12 * next ? far : 1e12 * next;
   return far > 4 * next ? square_root(next * far) : next;
 }
 

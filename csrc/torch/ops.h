@@ -38,7 +38,8 @@ using Tensors = std::vector<Tensor>;
 inline std::string describe() {
   std::string text;
 #define X(Functor, name) \
-  text += std::string("rule;" #name ";") + Functor::kSlotNames + ";" + Functor::kHyperNames + "\n";
+  text += std::string("rule;" #name ";") + Functor::kSlotNames + ";" + Functor::kHyperNames + ";" + \
+          (Functor::kMetric ? "metric" : "") + "\n";
   BREGMAN_RULES(X)
 #undef X
 #define X(Functor, name) text += std::string("penalty;" #name ";") + Functor::kParameterNames + "\n";

@@ -1,0 +1,230 @@
+"""RMDA and RAMDA: regularized dual averaging with momentum, in the Euclidean and in an adaptive metric."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._math import cube_root
+from ..regularizers import Regularizer
+from ..regularizers._base import check_number
+from ._base import SparseOptimizer
+from ._rule import Hyper, Rule, State, number
+from ._shards import local
+from .averaged_proxsgd import check_share
+
+
+class DualAveragingRule(Rule):
+    """What RMDA and RAMDA share: the sum V of gradients weighted by s_t = lr sqrt(t), and alpha, the sum of s_t."""
+
+    slots: tuple[str, ...] = ("start", "gradient_sum")
+    reads_param = True
+    counters = ("alpha",)
+
+    def init_slot(self, slot: str, param: Tensor, group: dict[str, Any]) -> Tensor | None:
+        return param if slot == "start" else None
+
+    def increments(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
+        return (number(group["lr"]) * step**0.5,)
+
+    def dual_point(self, state: State, h: Hyper) -> tuple[Tensor, float | Tensor]:
+        """The point before the prox and the prox scale, from the state alone."""
+        raise NotImplementedError
+
+    def finish(self, q: Tensor, param: Tensor, state: State, h: Hyper) -> Tensor:
+        return param * h["keep"] + q * h["momentum"]
+
+
+class RMDARule(DualAveragingRule):
+    """csrc/math/rules/rmda.h"""
+
+    name = "rmda"
+
+    def hyper(self, group: dict[str, Any], step: Any, *counters: Any) -> Hyper:
+        return {
+            "gain": self.increments(group, step)[0],
+            "inverse_root": step**-0.5,
+            "scale": counters[0] * step**-0.5,
+            "keep": 1 - group["momentum"],
+            "momentum": group["momentum"],
+        }
+
+    def dual_point(self, state: State, h: Hyper) -> tuple[Tensor, float | Tensor]:
+        return state["start"] - state["gradient_sum"] * h["inverse_root"], h["scale"]
+
+    def point(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> tuple[Tensor, float | Tensor]:
+        total = state["gradient_sum"]
+        total.copy_(total + grad * h["gain"])
+        return self.dual_point(state, h)
+
+
+class RAMDARule(DualAveragingRule):
+    """csrc/math/rules/ramda.h"""
+
+    name = "ramda"
+    slots = ("start", "gradient_sum", "square_sum")
+    metric = True
+
+    def hyper(self, group: dict[str, Any], step: Any, *counters: Any) -> Hyper:
+        return {
+            "gain": self.increments(group, step)[0],
+            "alpha": counters[0],
+            "eps": group["eps"],
+            "keep": 1 - group["momentum"],
+            "momentum": group["momentum"],
+        }
+
+    def dual_point(self, state: State, h: Hyper) -> tuple[Tensor, float | Tensor]:
+        inverse = 1 / (cube_root(state["square_sum"]) + h["eps"])
+        return state["start"] - state["gradient_sum"] * inverse, inverse * h["alpha"]
+
+    def point(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> tuple[Tensor, float | Tensor]:
+        total, squares = state["gradient_sum"], state["square_sum"]
+        total.copy_(total + grad * h["gain"])
+        squares.copy_(squares + grad * grad * h["gain"])
+        return self.dual_point(state, h)
+
+
+class _DualAveraging(SparseOptimizer):
+    dense_params = True
+    _dual_rule: DualAveragingRule
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_share(type(self).__name__, "momentum", group["momentum"])
+
+    def _rule(self, group: dict[str, Any]) -> Rule:
+        return self._dual_rule
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Begin a new stage in all groups: x0 <- p, V <- 0 (and U <- 0), t <- 0, alpha <- 0. Masks stay."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                state = self.state.get(param, {})
+                if "step" not in state:
+                    continue
+                local(state["start"]).copy_(local(state.get("master", param.detach())))
+                for name in (*self._dual_rule.slots[1:], "step", *self._dual_rule.counters):
+                    local(state[name]).zero_()
+        self._forget_plans()
+
+    @torch.no_grad()
+    def prox_point(self, param: Tensor) -> Tensor:
+        """The sparse point that the last step averaged into a parameter, in its dtype; before the first, itself.
+
+        While momentum < 1, this and not the parameter is what has zeros: evaluate it, export it, or let momentum grow
+        to 1 at the end (`MomentumGrowth`).
+
+        Raises:
+            KeyError: not a parameter of this optimizer.
+        """
+        group = next((g for g in self.param_groups if any(param is p for p in g["params"])), None)
+        if group is None:
+            raise KeyError("prox_point: not a parameter of this optimizer")
+        state, rule = self.state.get(param, {}), self._dual_rule
+        if not float(state.get("step", 0.0)):
+            return param.detach()
+        h = rule.hyper(group, int(state["step"]), *(float(state[name]) for name in rule.counters))
+        z, scale = rule.dual_point({slot: local(state[slot]) for slot in rule.slots}, h)
+        point = torch.empty_like(param)
+        local(point).copy_(z if group["reg"] is None else group["reg"].prox(z, scale))
+        return point
+
+
+class RMDA(_DualAveraging):
+    r"""Regularized modernized dual averaging (Huang and Lee, ICLR 2022).
+
+    With s_t = lr sqrt(t) and alpha_t = s_1 + ... + s_t:  V <- V + s_t g,
+    q = argmin_x  <V, x> + sqrt(t) ||x - x0||^2 / 2 + alpha_t J(x) = prox_{alpha_t / sqrt(t) J}(x0 - V / sqrt(t)),
+    p <- (1 - momentum) p + momentum q.
+
+    The threshold grows like (2/3) lr t lam within a stage. A stage ends with `restart()`; `Restarts` does that on
+    milestones or a plateau, with a smaller lr and a larger momentum, as in the paper. While momentum < 1, zeros are in
+    q (`prox_point`) and not in p; `density()` reports q, counted afresh from the state.
+
+    x0 is the parameter at its first step (or restart). V and x0 are fp32 (fp64 for fp64), 16-bit parameters have a
+    master copy, and alpha is kept in float64 per parameter, with the lr of each step.
+
+    Args:
+        params, reg, maximize, fused, count_nonzeros, check_finite, capturable: as in `LinBreg`.
+        lr: step size >= 0; a float or a one-element tensor.
+        momentum: c in (0, 1], the weight of q in the new parameter; 1 does not average.
+
+    Raises:
+        ValueError, TypeError: a parameter out of its range; nothing was changed.
+
+    >>> p = torch.nn.Parameter(torch.tensor([1.0, 0.01]))
+    >>> p.grad = torch.tensor([0.5, 0.0])
+    >>> RMDA([p], lr=1.0, reg=L1(0.1), momentum=1.0).step()
+    >>> p.data
+    tensor([0.4000, 0.0000])
+    """
+
+    _dual_rule = RMDARule()
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 0.1,
+        reg: Regularizer | None = None,
+        momentum: float = 0.01,
+        *,
+        maximize: bool = False,
+        fused: bool | None = None,
+        count_nonzeros: bool = False,
+        check_finite: bool = False,
+        capturable: bool = False,
+    ) -> None:
+        super().__init__(params, dict(lr=lr, reg=reg, momentum=momentum), maximize, fused, count_nonzeros, check_finite, capturable)
+
+
+class RAMDA(_DualAveraging):
+    r"""Regularized adaptive momentum dual averaging (Huang and Lee, NeurIPS 2024).
+
+    With s_t and alpha_t as in `RMDA`:  V <- V + s_t g,  U <- U + s_t g^2,  P = U^(1/3) + eps,
+    q = argmin_x  <V, x> + sum_i P_i (x_i - x0_i)^2 / 2 + alpha_t J(x),  p <- (1 - momentum) p + momentum q.
+
+    Completing the square, q is the prox of alpha_t J at x0 - V / P in the metric P: we solve it exactly, with a
+    threshold per element, where the authors' code iterates proximal gradient steps to a tolerance. (That solver is not
+    offered.)
+
+    Args:
+        params, lr, reg, momentum, maximize, fused, count_nonzeros, check_finite, capturable: as in `RMDA`. Group penalties must be
+            lasso; they run on the reference until there are kernels for them.
+        eps: >= 0, added to the cube root.
+
+    Raises:
+        ValueError, TypeError: a parameter out of its range; nothing was changed.
+
+    >>> p = torch.nn.Parameter(torch.tensor([1.0, 0.01]))
+    >>> p.grad = torch.tensor([0.5, 0.0])
+    >>> RAMDA([p], lr=1.0, reg=L1(0.1), momentum=1.0).step()
+    >>> p.data
+    tensor([0.0476, 0.0000])
+    """
+
+    _dual_rule = RAMDARule()
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 0.01,
+        reg: Regularizer | None = None,
+        momentum: float = 0.1,
+        eps: float = 1e-6,
+        *,
+        maximize: bool = False,
+        fused: bool | None = None,
+        count_nonzeros: bool = False,
+        check_finite: bool = False,
+        capturable: bool = False,
+    ) -> None:
+        defaults = dict(lr=lr, reg=reg, momentum=momentum, eps=eps)
+        super().__init__(params, defaults, maximize, fused, count_nonzeros, check_finite, capturable)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        check_number("RAMDA", "eps", group["eps"])

@@ -1,0 +1,53 @@
+"""The group prox in a diagonal metric: the twin of csrc/math/weighted.h, operation by operation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def weighted_group_prox(x: Tensor, scale: Tensor, level: Any, slope: Any, reduced: list[int]) -> Tensor:
+    """argmin_z  phi(||z||) + sum_i (z_i - x_i)^2 / (2 scale_i)  for each group, with phi'(t) = level - slope t.
+
+    The group is zero if and only if ||x / scale|| <= level; otherwise z_i = x_i / (1 + rho scale_i) with
+    rho = phi'(t) / t, and t = ||z|| is found by a fixed number of steps, whose errors weighted.h gives.
+
+    Args:
+        x: fp32 or fp64 of any shape.
+        scale: of x's shape and dtype, >= 0; 0 leaves an element alone.
+        level, slope: of phi, the group's weight included; numbers or 0-dim tensors of x's dtype.
+        reduced: the dimensions within a group; none if every element is a group.
+    """
+    if not x.numel():
+        return x
+    if not reduced:
+        return weighted_group_prox(x.unsqueeze(-1), scale.unsqueeze(-1), level, slope, [x.dim()]).squeeze(-1)
+    double = x.dtype == torch.float64
+    level, slope = (torch.as_tensor(value, dtype=x.dtype, device=x.device) for value in (level, slope))
+
+    def sums(part: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        square = part.double().square()
+        return square.sum(reduced, keepdim=True), (square * other.double()).sum(reduced, keepdim=True)
+
+    kept = torch.where(scale < (1e-75 if double else 1e-30), 1e-75 if double else 1e-30, scale)
+    a, b = sums(x / kept, 1 / kept)
+    norm, wide = a.sqrt(), level.double()
+    t = a * (norm - wide) / (b - slope.double() * a)
+    t = torch.where(norm <= wide, 0.0, torch.where(norm - norm != 0, norm, t))
+    for _ in range(6 if double else 5):
+        rest = 1 - slope * scale
+        rest = torch.where(rest < 0, 0, rest)
+        q = 1 / (t.to(x.dtype) * rest + level * scale)
+        a, b = sums(x * q, q * rest)
+        after = t + a * (a.sqrt() - 1) / b
+        exponent = a.float().log2() * (a / (2 * t * b)).float()
+        far = t * torch.where(exponent < 60, exponent, 60).exp2().double()
+        far = torch.where(far < 1e12 * after, far, 1e12 * after)
+        after = torch.where((a > 1) & (far > 4 * after), (after * far).sqrt(), after)
+        t = torch.where((t > 0) & (t - t == 0), after, t)
+    rho = wide / t - slope.double()
+    rho = torch.where(rho < 0, 0.0, rho)
+    rho = torch.where((wide == 0) & (t == 0), 0.0, rho).to(x.dtype)
+    return x / (1 + rho * scale)

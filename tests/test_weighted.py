@@ -1,0 +1,136 @@
+"""The group lasso prox in a diagonal metric (RAMDA, ProxAdam) against bisection, optimality conditions and edges."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import oracles
+import pytest
+import registry
+import torch
+
+from bregman_cuda import L1, RAMDA, GroupLasso, ProxAdam, SparseGroupLasso
+from bregman_cuda.regularizers._base import Grouped, Separable
+
+
+def group(rng, spread: float) -> tuple[np.ndarray, np.ndarray, float]:
+    """A random group, its step sizes, and a weight below (mostly) or above what makes it zero."""
+    n = int(rng.choice([1, 2, 9, 27, 64, 576]))
+    s = np.exp(-rng.uniform(0, math.log(spread), n)) * 10.0 ** rng.uniform(-3, 3)
+    x = rng.standard_normal(n) * 10.0 ** rng.uniform(-2, 1)
+    x[rng.random(n) < 0.1] = 0
+    return x, s, float(np.linalg.norm(x / s)) * rng.choice([1e-3, 0.01, 0.1, 0.5, 0.9, 0.99, 1.001])
+
+
+def prox(x: np.ndarray, s: np.ndarray, w: float, dtype: torch.dtype = torch.float64) -> np.ndarray:
+    reg = GroupLasso(w, (), "none")
+    return reg.prox(torch.tensor(x, dtype=dtype), torch.tensor(s, dtype=dtype)).double().numpy()
+
+
+@pytest.mark.parametrize("spread", [1.0, 10.0, 1e3, 1e5, 1e8])
+def test_it_is_the_minimiser(spread):
+    """fp64: to rounding, which sums over a group and theta carry; KKT residuals are those of x / s, which w balances."""
+    rng = np.random.default_rng(int(math.log10(spread)))
+    for _ in range(400):
+        x, s, w = group(rng, spread)
+        want, got = oracles.weighted_group_lasso(x, s, w), prox(x, s, w)
+        assert np.array_equal(got == 0, want == 0)
+        assert np.abs(got - want).max() <= 1e-12 * np.abs(want).max()
+        assert oracles.weighted_group_residual(x, got, s, 0.0, w) <= 1e-10 * max(w, np.linalg.norm(x / s))
+
+
+@pytest.mark.parametrize("spread", [1.0, 10.0, 1e3, 1e5, 1e8])
+def test_fp32_is_rounded_once(spread):
+    """What five Newton steps leave is far below the rounding of the result, relative to its largest element."""
+    rng = np.random.default_rng(7)
+    for _ in range(400):
+        x, s, w = group(rng, spread)
+        x, s = x.astype(np.float32).astype(np.float64), s.astype(np.float32).astype(np.float64)
+        want, got = oracles.weighted_group_lasso(x, s, w), prox(x, s, w, torch.float32)
+        assert np.abs(got - want).max() <= 2.0**-24 * (1 + 1e-4) * np.abs(want).max()
+
+
+@pytest.mark.parametrize("name", registry.GROUP)
+def test_equal_step_sizes_give_the_usual_prox(name):
+    reg = registry.GROUP[name](0.3)
+    x = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for step in (0.4, 4.0):
+        torch.testing.assert_close(reg.prox(x, torch.full_like(x, step)), reg.prox(x, step), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.9])
+def test_soft_threshold_and_then_the_group_is_exact_in_a_metric(alpha):
+    """Sparse groups: 0 is in alpha lam d|z| + (1 - alpha) lam d||z|| + (z - x) / s."""
+    rng = np.random.default_rng(5)
+    for _ in range(300):
+        x, s, w = group(rng, 1e3)
+        reg = SparseGroupLasso(w, alpha, (), "none")
+        z = reg.prox(torch.tensor(x), torch.tensor(s)).numpy()
+        residual = oracles.weighted_group_residual(x, z, s, alpha * w, (1 - alpha) * w)
+        assert residual <= 1e-10 * max(w, np.linalg.norm(x / s))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_edges(dtype):
+    x = torch.tensor([[0.0, 0.0, 0.0], [3.0, 4.0, 0.0], [1e-30, 0.0, 1.0], [math.nan, 1.0, 2.0]], dtype=dtype)
+    s = torch.tensor([[1.0, 2.0, 0.0], [0.0, 0.0, 0.0], [0.0, 5.0, 1.0], [1.0, 1.0, 1.0]], dtype=dtype)
+    got = GroupLasso(0.5, "out", "none").prox(x, s)
+    assert got[0].tolist() == [0, 0, 0], "a zero group"
+    assert got[1].tolist() == [3, 4, 0], "step size 0 leaves it alone"
+    assert got[2].tolist() == pytest.approx([1e-30, 0.0, 0.5], rel=1e-6), "an element that cannot move"
+    assert bool(got[3].isnan().all()), "NaN stays NaN"
+    for reg in (GroupLasso(0.0), SparseGroupLasso(0.0)):
+        assert torch.equal(reg.prox(x, s).nan_to_num(7), x.nan_to_num(7)), "lam = 0 is the identity"
+    infinite = torch.tensor([[math.inf, 1.0]], dtype=dtype)
+    assert GroupLasso(0.5).prox(infinite, torch.ones_like(infinite)).tolist() == [[math.inf, 1.0]]
+    for shape in ((0, 3), (3, 0), (0,)):
+        assert GroupLasso(0.5).prox(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)).shape == shape
+
+
+class Capped(Separable):
+    """A penalty on group norms that no metric rule can use."""
+
+    kernel = "capped"
+
+    def __init__(self) -> None:
+        pass
+
+
+class GroupCapped(Grouped):
+    groups, weight = "out", "none"
+
+    def __init__(self) -> None:
+        pass
+
+    @property
+    def radial(self) -> Separable:
+        return Capped()
+
+
+def test_a_penalty_without_a_weighted_prox_is_refused_by_name():
+    wanted = "GroupCapped has no known prox: Capped on group norms"
+    x = torch.ones(2, 3)
+    with pytest.raises(ValueError, match=wanted):
+        GroupCapped().prox(x, torch.ones_like(x))
+    p = torch.nn.Parameter(x.clone())
+    for make in (ProxAdam, RAMDA):
+        with pytest.raises(ValueError, match=f"{make.__name__}: .*{wanted}"):
+            make([p], reg=GroupCapped())
+        optimizer = make([p], reg=L1(0.1))
+        optimizer.param_groups[0]["reg"] = GroupCapped()
+        p.grad = torch.ones_like(p)
+        with pytest.raises(ValueError, match=wanted):
+            optimizer.step()
+    assert torch.equal(p, x)
+
+
+@pytest.mark.parametrize("optimizer_class", [ProxAdam, RAMDA])
+def test_group_penalties_of_metric_rules_go_through_the_reference_until_there_are_kernels(optimizer_class):
+    params = [torch.nn.Parameter(torch.ones(4, 3)) for _ in range(2)]
+    for p, fused in zip(params, (None, False)):
+        p.grad = torch.arange(12.0).view(4, 3) - 5
+        optimizer_class([p], lr=0.1, reg=GroupLasso(0.3), fused=fused).step()
+    assert torch.equal(*params)
+    with pytest.raises(RuntimeError, match="group penalties in the metric of rule"):
+        optimizer_class([params[0]], lr=0.1, reg=GroupLasso(0.3), fused=True).step()
