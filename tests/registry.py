@@ -35,6 +35,7 @@ from bregman_cuda import (
     Regularizer,
     SparseGroupLasso,
     SparseOptimizer,
+    SplitLBI,
 )
 
 
@@ -47,17 +48,11 @@ class RuleCase:
     kernel_rule: str = ""
     dual: bool = True  # whether the parameter is prox(delta * dual)
     metric: bool = False  # whether each element has a prox scale of its own
-    averages: bool = False  # whether the parameter is an average of prox points
-
-    def has_kernels(self, reg: Regularizer | None) -> bool:
-        """Not yet for groups in a metric."""
-        return not (self.metric and reg is not None and reg.radial is not None)
+    dense: bool = False  # whether sparse points lie beside the parameter, which has no zeros
 
     def make(self, params: Any, reg: Regularizer | None, **options: Any) -> SparseOptimizer:
         if not self.dual:
             options.pop("delta", None)
-        if options.get("fused") and not self.has_kernels(reg):
-            options["fused"] = False
         return self.optimizer(params, reg=reg, **{**self.options, **options})
 
 
@@ -69,7 +64,7 @@ RULES = {
     "proxsgd": RuleCase(ProxSGD, {"lr": 0.25}, "proxsgd", dual=False),
     "proxsgd_momentum": RuleCase(ProxSGD, {"lr": 0.25, "momentum": 0.75}, "proxsgd_momentum", dual=False),
     "averaged_proxsgd": RuleCase(
-        AveragedProxSGD, {"lr": 0.25, "powers": (0.25, 0.5)}, "averaged_proxsgd", dual=False, metric=True, averages=True
+        AveragedProxSGD, {"lr": 0.25, "powers": (0.25, 0.5)}, "averaged_proxsgd", dual=False, metric=True, dense=True
     ),
     "proxadam": RuleCase(ProxAdam, {"lr": 0.1, "weight_decay": 0.01}, "proxadam", dual=False, metric=True),
     "proxadam_amsgrad": RuleCase(
@@ -80,10 +75,21 @@ RULES = {
         metric=True,
     ),
     "rmda": RuleCase(RMDA, {"lr": 0.25, "momentum": 1.0}, "rmda", dual=False),
-    "rmda_averaged": RuleCase(RMDA, {"lr": 0.25, "momentum": 0.25}, "rmda", dual=False, averages=True),
+    "rmda_averaged": RuleCase(RMDA, {"lr": 0.25, "momentum": 0.25}, "rmda", dual=False, dense=True),
     "ramda": RuleCase(RAMDA, {"lr": 0.1, "momentum": 1.0}, "ramda", dual=False, metric=True),
     "ramda_averaged": RuleCase(
-        RAMDA, {"lr": 0.1, "momentum": 0.25}, "ramda", dual=False, metric=True, averages=True
+        RAMDA, {"lr": 0.1, "momentum": 0.25}, "ramda", dual=False, metric=True, dense=True
+    ),
+    "splitlbi": RuleCase(SplitLBI, {"lr": 0.25, "kappa": 1.5, "mu": 2.0}, "splitlbi", dual=False, dense=True),
+    "splitlbi_nesterov": RuleCase(
+        SplitLBI,
+        {"lr": 0.25, "mu": 2.0, "momentum": 0.5, "nesterov": True, "weight_decay": 0.1},
+        "splitlbi_momentum",
+        dual=False,
+        dense=True,
+    ),
+    "splitlbi_inside": RuleCase(
+        SplitLBI, {"lr": 0.25, "mu": 2.0, "momentum": 0.5, "coupling": "inside"}, "splitlbi_momentum", dual=False, dense=True
     ),
 }
 

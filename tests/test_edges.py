@@ -197,7 +197,7 @@ def test_masked_entries_do_not_count_in_the_norm_of_their_group(driver, rule, re
 
 def test_nonneg_projects_negative_weights_at_the_first_step(driver):
     for rule, case in registry.RULES.items():
-        if case.averages:
+        if case.dense:
             continue
         p, _ = step(rule, NonnegL1(0.1), torch.tensor([-1.0, 1.0, 0.0]), torch.tensor([0.0, -1.0, 0.0]), driver.fused)
         assert float(p[0]) == 0

@@ -55,7 +55,7 @@ def check(problem: Problem, driver: Driver) -> Outcome:
     counted = [i for i in range(len(got.params)) if reg is not None or "mask" in got.states[i]]
     sparse = [got.optimizer.prox_point(p) for p in got.optimizer.param_groups[0]["params"]]
     assert got.counts == [true_counts(sparse[i], reg) for i in counted or range(len(got.params))]
-    if problem.dtype == torch.float32 and not case.averages:
+    if problem.dtype == torch.float32 and not case.dense:
         assert all(map(torch.equal, sparse, got.params))
     return got
 

@@ -94,7 +94,7 @@ double random_scalar() { return double(1 + g_random() % 7) / 8; }
 // --- one tensor: its buffers, and the double-precision copy that the oracle works on -------------------------------
 struct RuleNeeds {
   int id, slots, hypers;
-  bool reads_param;
+  bool reads_param, metric;
   const char* name;
 };
 
@@ -151,13 +151,28 @@ struct Step {
 constexpr unsigned kPenalties = 0 BREGMAN_PENALTIES(X);
 #undef X
 
+// A prox that jumps makes a difference of any size out of one rounding; tests/test_kernels.py compares those bit by bit.
+int random_penalty() {
+  const int kind = int(g_random() % kPenalties);
+  switch (PenaltyKind(kind)) {
+    case PenaltyKind::l0:
+    case PenaltyKind::l_half:
+    case PenaltyKind::l_two_thirds:
+    case PenaltyKind::mcp:
+    case PenaltyKind::scad: return random_penalty();
+    default: return kind;
+  }
+}
+
 Step random_step(const RuleNeeds& rule, bool grouped) {
   Step step;
   step.scalars.push_back(g_random() % 16 == 0);  // skip
   for (int i = 0; i < 1 + rule.hypers + 4; ++i) step.scalars.push_back(random_scalar());
   const double* last = &step.scalars[2 + rule.hypers];
-  step.elementwise = {int(g_random() % kPenalties), last[0], last[1]};
-  step.radial = {grouped ? int(g_random() % kPenalties) : 0, last[2], last[3]};
+  step.elementwise = {random_penalty(), last[0], last[1]};
+  step.radial = {grouped ? random_penalty() : 0, last[2], last[3]};
+  Line<double> line;
+  if (rule.metric && !line_of(step.radial, 1.0, line)) step.radial.kind = int(PenaltyKind::l1);
   return step;
 }
 
@@ -303,7 +318,7 @@ void run_round(const Driver& driver, const RuleNeeds& rule, DType dtype, bool gr
 
 template <class Rule> void run_rule(const Driver& driver, int id, const char* name, int rounds) {
   const RuleNeeds rule{id, Rule::kStateSlots, sizeof(typename Rule::template Hyper<double>) / sizeof(double),
-                       Rule::kReadsParam, name};
+                       Rule::kReadsParam, Rule::kMetric, name};
   for (int round = 0; round < rounds; ++round)
     for (bool grouped : {false, true})
       for (DType dtype : {DType::f32, DType::f64, DType::bf16, DType::fp16})
