@@ -166,8 +166,9 @@ CONVEX = {name: case for name, case in PENALTIES.items() if getattr(case(), "con
 
 
 def takes(rule: str, reg: str) -> bool:
-    """Whether the rule serves the regularizer: a dual asks for a convex one."""
-    return not RULES[rule].dual or reg == "none" or reg in CONVEX
+    """Whether the rule serves the regularizer: a dual asks for a convex one, a metric for a prox that is known there."""
+    case = RULES[rule]
+    return reg == "none" or not ((case.dual and reg not in CONVEX) or (case.metric and PENALTIES[reg]().why_not_weighted()))
 
 
 PAIRS = [(rule, reg) for rule in RULES for reg in REGULARIZERS if takes(rule, reg)]

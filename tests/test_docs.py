@@ -96,6 +96,7 @@ def test_both_sides_hold_the_same_names() -> None:
     rules = {cls.name: cls() for cls in all_rules(Rule) if hasattr(cls, "name")}
     assert sorted(rules) == sorted(kernels.rules)
     group = dict(lr=0.1, delta=1.0, momentum=0.5, momentum_style="paper", betas=(0.9, 0.99), eps=1e-8)
+    group |= dict(reg=None, kappa=1.0, mu=2.0, nesterov=True, coupling="inside")
     group |= dict(rho=0.9, beta=0.9, powers=(0.5, 0.5), weight_decay=0.1, bias_correction="proxgen")
     for name, (_, slots, hypers, metric) in kernels.rules.items():
         assert list(rules[name].slots) == slots

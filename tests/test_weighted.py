@@ -41,21 +41,25 @@ def test_it_is_the_minimiser(spread):
 
 
 @pytest.mark.parametrize("spread", [1.0, 10.0, 1e3, 1e5, 1e8])
-def test_fp32_is_rounded_once(spread):
-    """What five Newton steps leave is far below the rounding of the result, relative to its largest element."""
+def test_fp32_is_rounded_a_few_times(spread):
+    """The steps leave less than rounding does; what is left of a group that nearly vanishes carries the group's."""
     rng = np.random.default_rng(7)
     for _ in range(400):
         x, s, w = group(rng, spread)
         x, s = x.astype(np.float32).astype(np.float64), s.astype(np.float32).astype(np.float64)
         want, got = oracles.weighted_group_lasso(x, s, w), prox(x, s, w, torch.float32)
-        assert np.abs(got - want).max() <= 2.0**-24 * (1 + 1e-4) * np.abs(want).max()
+        reach = np.linalg.norm(x / s)
+        condition = reach / abs(reach - w) if reach != w else 1.0
+        assert np.abs(got - want).max() <= 8 * 2.0**-24 * condition * np.abs(want).max()
 
 
-@pytest.mark.parametrize("name", registry.GROUP)
+@pytest.mark.parametrize("name", [name for name, case in registry.GROUP.items() if not case().why_not_weighted()])
 def test_equal_step_sizes_give_the_usual_prox(name):
     reg = registry.GROUP[name](0.3)
     x = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for step in (0.4, 4.0):
+        if step * reg.radial.line()[1] * reg.group_weight(x.shape) >= 1:
+            continue  # MCP beyond gamma: the group problem is not convex
         torch.testing.assert_close(reg.prox(x, torch.full_like(x, step)), reg.prox(x, step), rtol=0, atol=1e-14)
 
 
@@ -73,12 +77,12 @@ def test_soft_threshold_and_then_the_group_is_exact_in_a_metric(alpha):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_edges(dtype):
-    x = torch.tensor([[0.0, 0.0, 0.0], [3.0, 4.0, 0.0], [1e-30, 0.0, 1.0], [math.nan, 1.0, 2.0]], dtype=dtype)
+    x = torch.tensor([[0.0, 0.0, 0.0], [3.0, 4.0, 0.0], [1.0, 0.0, 1.0], [math.nan, 1.0, 2.0]], dtype=dtype)
     s = torch.tensor([[1.0, 2.0, 0.0], [0.0, 0.0, 0.0], [0.0, 5.0, 1.0], [1.0, 1.0, 1.0]], dtype=dtype)
     got = GroupLasso(0.5, "out", "none").prox(x, s)
     assert got[0].tolist() == [0, 0, 0], "a zero group"
     assert got[1].tolist() == [3, 4, 0], "step size 0 leaves it alone"
-    assert got[2].tolist() == pytest.approx([1e-30, 0.0, 0.5], rel=1e-6), "an element that cannot move"
+    assert got[2, 0] == 1 and 0 < got[2, 2] < 1, "an element that cannot move keeps its group alive"
     assert bool(got[3].isnan().all()), "NaN stays NaN"
     for reg in (GroupLasso(0.0), SparseGroupLasso(0.0)):
         assert torch.equal(reg.prox(x, s).nan_to_num(7), x.nan_to_num(7)), "lam = 0 is the identity"
@@ -109,7 +113,7 @@ class GroupCapped(Grouped):
 
 
 def test_a_penalty_without_a_weighted_prox_is_refused_by_name():
-    wanted = "GroupCapped has no known prox: Capped on group norms"
+    wanted = "GroupCapped has no known prox: Capped on group norms has no slope"
     x = torch.ones(2, 3)
     with pytest.raises(ValueError, match=wanted):
         GroupCapped().prox(x, torch.ones_like(x))
@@ -123,14 +127,3 @@ def test_a_penalty_without_a_weighted_prox_is_refused_by_name():
         with pytest.raises(ValueError, match=wanted):
             optimizer.step()
     assert torch.equal(p, x)
-
-
-@pytest.mark.parametrize("optimizer_class", [ProxAdam, RAMDA])
-def test_group_penalties_of_metric_rules_go_through_the_reference_until_there_are_kernels(optimizer_class):
-    params = [torch.nn.Parameter(torch.ones(4, 3)) for _ in range(2)]
-    for p, fused in zip(params, (None, False)):
-        p.grad = torch.arange(12.0).view(4, 3) - 5
-        optimizer_class([p], lr=0.1, reg=GroupLasso(0.3), fused=fused).step()
-    assert torch.equal(*params)
-    with pytest.raises(RuntimeError, match="group penalties in the metric of rule"):
-        optimizer_class([params[0]], lr=0.1, reg=GroupLasso(0.3), fused=True).step()

@@ -39,6 +39,7 @@ def weighted_group_prox(x: Tensor, scale: Tensor, level: Any, slope: Any, reduce
     for _ in range(6 if double else 5):
         rest = 1 - slope * scale
         rest = torch.where(rest < 0, 0, rest)
+        t = t.to(x.dtype).double()
         q = 1 / (t.to(x.dtype) * rest + level * scale)
         a, b = sums(x * q, q * rest)
         after = t + a * (a.sqrt() - 1) / b
@@ -50,4 +51,4 @@ def weighted_group_prox(x: Tensor, scale: Tensor, level: Any, slope: Any, reduce
     rho = wide / t - slope.double()
     rho = torch.where(rho < 0, 0.0, rho)
     rho = torch.where((wide == 0) & (t == 0), 0.0, rho).to(x.dtype)
-    return x / (1 + rho * scale)
+    return x / (1 + rho * kept)

@@ -211,7 +211,7 @@ class BufferedGroups {
       clear();
       for_parts([&](const Matrix<C>& m) { add_step(m, line, spread_, sums_, sums_ + columns_); });
       total();
-      for (int64_t g = 0; g < count_; ++g) norms[g] = root_step(norms[g], sums(g));
+      for (int64_t g = 0; g < count_; ++g) norms[g] = root_step<C>(norms[g], sums(g));
     }
     for (int64_t g = 0; g < count_; ++g) group_[g] = root_rho(norms[g], line);
     spread(group_, row_, count_, spread_);

@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) tile_kernel(const __grid
 #pragma unroll 1
     for (int step = 0; step < kRootSteps<C>; ++step) {
       reduce([&](int j, int g) { return step_terms(z[j], scales[j], C(arrays.norm[g]), line); });
-      for_groups([&](int g) { arrays.norm[g] = root_step(arrays.norm[g], arrays.sum[g]); });
+      for_groups([&](int g) { arrays.norm[g] = root_step<C>(arrays.norm[g], arrays.sum[g]); });
     }
     for_groups([&](int g) { arrays.factor[g] = root_rho(arrays.norm[g], line); });
   } else {

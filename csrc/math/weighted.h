@@ -51,11 +51,17 @@ struct Sums {
   double a, b;
 };
 
-// What an element adds to the sums of the step from 0. Scales of zero (lr = 0) are kept off the division.
+// A scale of zero (lr = 0) as a number to divide by, and to multiply an infinite rho with.
+template <class C>
+BREGMAN_HD C positive_scale(C scale) {
+  const C least = sizeof(C) == 8 ? C(1e-75) : C(1e-30);
+  return select(scale < least, least, scale);
+}
+
+// What an element adds to the sums of the step from 0.
 template <class C>
 BREGMAN_HD Sums start_terms(C x, C scale) {
-  const C least = sizeof(C) == 8 ? C(1e-75) : C(1e-30);
-  scale = select(scale < least, least, scale);
+  scale = positive_scale(scale);
   const C u = x / scale;
   const double square = double(u) * double(u);
   return {square, square * double(C(1) / scale)};
@@ -80,7 +86,10 @@ BREGMAN_HD double root_start(const Sums& sums, const Line<C>& line) {
   return sums.a * (norm - level) / (sums.b - double(line.slope) * sums.a);
 }
 
+// After a step from t, where the terms are of C(t).
+template <class C>
 BREGMAN_HD double root_step(double t, const Sums& sums) {
+  t = double(C(t));
   if (!(t > 0) || t - t != 0) return t;
   const double next = t + sums.a * (square_root(sums.a) - 1) / sums.b;
   if (!(sums.a > 1)) return next;  // at the root, or right of it
@@ -100,7 +109,7 @@ BREGMAN_HD C root_rho(double t, const Line<C>& line) {
 
 template <class C>
 BREGMAN_HD C shrink_weighted(C x, C scale, C rho) {
-  return x / (C(1) + rho * scale);
+  return x / (C(1) + rho * positive_scale(scale));
 }
 
 BREGMAN_END

@@ -213,7 +213,7 @@ template <class Rule> void oracle(TestTensor& t, const Step& step) {
       for (int64_t g = 0; g < t.numel; ++g) norms[g] = root_start(sums[g], line);
       for (int k = 0; k < kRootSteps<double>; ++k) {
         add([&](int64_t i) { return step_terms(q[i], scales[i], norms[group[i]], line); });
-        for (int64_t g = 0; g < t.numel; ++g) norms[g] = root_step(norms[g], sums[g]);
+        for (int64_t g = 0; g < t.numel; ++g) norms[g] = root_step<double>(norms[g], sums[g]);
       }
       for (int64_t i = 0; i < t.numel; ++i) q[i] = shrink_weighted(q[i], scales[i], root_rho(norms[group[i]], line));
     } else {
