@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,14 @@ def step_(
         mask: bool of param's shape; False keeps the entry at exactly zero, in the state, too.
         grad_scale: factor on the gradient (-1 maximizes).
     """
+    z, scale, before = advance(rule, h, param, grad, state, mask, grad_scale)
+    finish(rule, h, z if reg is None else reg.prox(z, scale), before, param, state, mask)
+
+
+def advance(
+    rule: Rule, h: Hyper, param: Tensor, grad: Tensor, state: State, mask: Tensor | None, grad_scale: float
+) -> tuple[Tensor, Any, Tensor]:
+    """The step up to the prox: advances the state; the pre-prox point, its prox scale, the parameter as it was."""
     master = state.get("master") if rule.reads_param else None
     before = param.to(state_dtype(param)) if master is None else master
     z, scale = rule.point(grad.to(before.dtype) * grad_scale, before, state, h)
@@ -40,12 +50,18 @@ def step_(
         z = torch.where(mask, z, torch.zeros_like(z))
         for slot in rule.slots:
             state[slot].masked_fill_(~mask, 0)
-    q = z if reg is None else reg.prox(z, scale)
+    return z, scale, before
+
+
+def finish(
+    rule: Rule, h: Hyper, q: Tensor, before: Tensor, param: Tensor, state: State, mask: Tensor | None
+) -> None:
+    """The step from the prox point `q` on: writes the parameter."""
     after = rule.finish(q, before, state, h)
     if mask is not None:
         after = torch.where(mask, after, torch.zeros_like(after))
-    if master is not None:
-        master.copy_(after)
+    if rule.reads_param and "master" in state:
+        state["master"].copy_(after)
     param.copy_(after)
 
 

@@ -15,7 +15,7 @@ from ..regularizers._base import check_number
 from . import _checkpoint, _masks
 from ._plan import Bucket, GroupPlan, slots_of
 from ._rule import Rule
-from ._shards import is_sharded, local, local_grads, why_groups_cross
+from ._shards import initial_values, is_sharded, local, local_grads, why_refused
 from ._traced import traced_step
 
 _layout = operator.attrgetter("layout")  # without a Python call per tensor
@@ -91,7 +91,7 @@ class SparseOptimizer(torch.optim.Optimizer):
                     reg.groups_of(param.shape)
                 except ValueError as error:
                     raise ValueError(f"{owner}: {self._describe(group, index)}: {error}") from None
-            if why := why_groups_cross(param, reg):
+            if why := why_refused(param, reg, self._rule(group)):
                 raise NotImplementedError(f"{owner}: {self._describe(group, index)}: {why}")
 
     def _describe(self, group: dict[str, Any], index: int) -> str:
@@ -141,6 +141,10 @@ class SparseOptimizer(torch.optim.Optimizer):
             self._check_against_params(ready)
         for plan, group, grads in ready:
             plan.run(group, grads, -unscale if group["maximize"] else unscale)
+        if self._sharded:
+            from . import _collective
+
+            _collective.finish(self, [plan for plan, _, _ in ready])
 
     def _only_initialises(self) -> bool:
         """Whether this first step has lr = 0 and zero gradients: torch.distributed.checkpoint makes one to create the
@@ -215,13 +219,13 @@ class SparseOptimizer(torch.optim.Optimizer):
         mask, dtype, slots = state.get("mask"), state_dtype(param), slots_of(rule, param)
         if "master" not in slots:
             state.pop("master", None)  # the parameter became its own master: model.float()
+        start = initial_values(rule, [slot for slot in slots if slot not in state], param, group, dtype)
         for slot in slots:
             known, wanted = state.get(slot), (dtype, param.shape, _strides(param))
             if known is not None and (known.dtype, known.shape, known.stride()) == wanted:
                 continue
-            wide = local(param.detach()).to(dtype)
-            value = wide if slot == "master" else rule.init_slot(slot, wide, group)
-            value = local(state.get(slot, value))  # same state in another dtype or memory layout: keep its values
+            # The same state in another dtype or memory layout keeps its values.
+            value = local(state[slot]) if slot in state else start[slot]
             state[slot] = torch.zeros_like(param, dtype=dtype)
             if value is not None:
                 local(state[slot]).copy_(value)
@@ -298,6 +302,7 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     def _forget_plans(self) -> None:
         self._plans = {}
+        self._cut: tuple[Any, list[Any]] | None = None  # of _collective
         self._sharded = any(is_sharded(p) for group in self.param_groups for p in group["params"])
 
     def state_dict(self) -> dict[str, Any]:

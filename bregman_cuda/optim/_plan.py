@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import _backend, reference
 from ._masks import in_memory_order, unpack
 from ._rule import Rule
-from ._shards import local
+from ._shards import cut_along, local
 
 if TYPE_CHECKING:
     from ._base import SparseOptimizer
@@ -154,15 +154,24 @@ class GroupPlan:
         split: dict[tuple[Any, ...], list[int]] = {}
         for position, i in enumerate(active):
             state = optimizer._init_state(params[i], group, rule)
-            kernels, why = _backend.kernels_for(local(params[i]), group["fused"], rule, reg)
+            cut = bool(cut_along(params[i], reg))
+            kernels, why = (
+                (None, "shards cut its groups, whose norms need a sum over the ranks in mid-step")
+                if cut
+                else _backend.kernels_for(local(params[i]), group["fused"], rule, reg)
+            )
             if group["fused"] and kernels is None:
                 raise RuntimeError(f"fused=True, but {optimizer._describe(group, i)} cannot use kernels: {why}")
-            key = (params[i].device, params[i].dtype, int(state["step"]), kernels)
+            key = (params[i].device, params[i].dtype, int(state["step"]), cut, kernels)
             split.setdefault(key, []).append(position)
-        for (*_, kernels), positions in split.items():
+        for (*_, cut, kernels), positions in split.items():
             states = [optimizer.state[params[active[k]]] for k in positions]
             chosen = [local(params[active[k]]) for k in positions]
-            if kernels is None:
+            if cut:
+                from ._collective import CutBucket
+
+                self.buckets.append(CutBucket(rule, chosen, states, positions, [params[active[k]] for k in positions]))
+            elif kernels is None:
                 self.buckets.append(ReferenceBucket(rule, chosen, states, positions))
             else:
                 self.buckets.append(FusedBucket(kernels, reg, rule, chosen, states, positions))

@@ -5,10 +5,13 @@ Recognised by the attribute that holds the part: importing torch.distributed.ten
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from ._rule import Rule
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -31,20 +34,61 @@ def local_grads(params: Iterable[Any], grads: Iterable[Any]) -> list[Tensor]:
     return parts
 
 
-def why_groups_cross(param: Any, reg: Any) -> str:
-    """Empty, or why a parameter's groups are not whole on the ranks."""
+def sharded_as(param: Any, whole: Tensor) -> Any:
+    """A DTensor laid out as `param` from a tensor that every rank holds as a whole; nothing is sent."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = param.device_mesh
+    return DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False).redistribute(
+        placements=param.placements
+    )
+
+
+def cut_along(param: Any, reg: Any) -> tuple[int, ...]:
+    """The dims of the mesh whose ranks hold pieces of the same groups; none where every group is on one rank.
+
+    All ranks along them hold as many groups: a dim of the tensor either identifies groups or is summed over.
+    """
+    if not is_sharded(param) or reg is None or reg.radial is None:
+        return ()
+    dims, mesh = reg.groups_of(param.shape), param.device_mesh
+    if mesh.get_coordinate() is None:
+        return ()  # this rank has no part in it
+    along = []
+    for number, placement in enumerate(param.placements):
+        dim = getattr(placement, "dim", None)  # of Shard and its relatives, which is_shard() does not all know
+        if dim is not None and dim % param.ndim not in dims and mesh.size(number) > 1:
+            along.append(number)
+    return tuple(along)
+
+
+def why_refused(param: Any, reg: Any, rule: Rule) -> str:
+    """Empty, or why a sharded parameter cannot be stepped."""
     if not is_sharded(param):
         return ""
     if any(placement.is_partial() for placement in param.placements):
         return "its ranks hold summands (a Partial placement), not parts"
-    if reg is None or reg.radial is None:
-        return ""
-    dims = reg.groups_of(param.shape)
-    for placement in param.placements:
-        dim = getattr(placement, "dim", None)  # of Shard and its relatives, which is_shard() does not all know
-        if dim is not None and dim % param.ndim not in dims:
-            return (
-                f"it is sharded along dim {dim}, which cuts its groups (dims {dims} identify one); "
-                f'use groups along that dim, such as groups="out" for dim 0, or an elementwise regularizer'
-            )
+    if getattr(rule, "metric", False) and cut_along(param, reg):
+        return (
+            f"its shards cut its groups, and the prox of {rule.name} has a step size per element: such a group must "
+            "be on one rank; choose groups along the sharded dim, or an elementwise regularizer"
+        )
     return ""
+
+
+def initial_values(
+    rule: Rule, slots: Sequence[str], param: Any, group: dict[str, Any], dtype: torch.dtype
+) -> dict[str, Tensor | None]:
+    """What `rule` puts in new slots of this rank's part, in the state's dtype; None for zeros.
+
+    Where shards cut groups, the dual depends on norms of whole groups: the tensor is gathered for it, once.
+    """
+    part = local(param.detach()).to(dtype) if slots else None
+    if not any(slot != "master" for slot in slots) or not cut_along(param, group["reg"]):
+        return {slot: part if slot == "master" else rule.init_slot(slot, part, group) for slot in slots}
+    whole = param.detach().full_tensor().to(dtype)
+    values: dict[str, Tensor | None] = {}
+    for slot in slots:
+        value = part if slot == "master" else rule.init_slot(slot, whole, group)
+        values[slot] = value if value is None or value is part else local(sharded_as(param, value))
+    return values
