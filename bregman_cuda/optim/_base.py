@@ -15,7 +15,7 @@ from ..regularizers._base import check_number
 from . import _checkpoint, _masks
 from ._plan import Bucket, GroupPlan, slots_of
 from ._rule import Rule
-from ._shards import initial_values, is_sharded, local, local_grads, why_refused
+from ._shards import initial_values, is_sharded, local, local_grads, mask_as, why_refused
 from ._traced import traced_step
 
 _layout = operator.attrgetter("layout")  # without a Python call per tensor
@@ -230,7 +230,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             if value is not None:
                 local(state[slot]).copy_(value)
             if mask is not None:
-                state[slot].masked_fill_(~_masks.unpack(mask, param), 0)
+                local(state[slot]).masked_fill_(~_masks.unpack(local(mask), param), 0)
         return state
 
     def _init_group(self) -> None:
@@ -253,17 +253,15 @@ class SparseOptimizer(torch.optim.Optimizer):
         Args:
             param: one of this optimizer's parameters.
             mask: bool tensor of param's shape, True where the entry may be non-zero; None releases the mask
-                (released entries start at zero, in the middle of the dead zone).
+                (released entries start at zero, in the middle of the dead zone). For a sharded parameter: a DTensor
+                sharded alike, or the whole mask, the same on every rank.
 
         Raises:
             KeyError: not a parameter of this optimizer.
-            TypeError, ValueError: not bool, or another shape.
-            NotImplementedError: a sharded parameter (DTensor).
+            TypeError, ValueError: not bool, or another shape or sharding.
         """
         if not any(param is p for group in self.param_groups for p in group["params"]):
             raise KeyError("set_mask: not a parameter of this optimizer")
-        if is_sharded(param):
-            raise NotImplementedError("set_mask: masks of sharded parameters (DTensor) are not supported yet")
         state = self.state[param]
         if mask is None:
             state.pop("mask", None)
@@ -274,14 +272,14 @@ class SparseOptimizer(torch.optim.Optimizer):
                 raise ValueError(
                     f"set_mask: the mask has shape {tuple(mask.shape)}, the parameter {tuple(param.shape)}"
                 )
-            mask = mask.to(param.device)
-            state["mask"] = _masks.pack(mask)
+            mask = mask_as(param, mask)
+            state["mask"] = mask if is_sharded(param) else _masks.pack(mask)
             for tensor in (param, *(t for key, t in state.items() if key not in ("step", "mask"))):
-                tensor.masked_fill_(~mask, 0)
+                local(tensor).masked_fill_(~local(mask), 0)
         self._forget_plans()
 
     def get_mask(self, param: Tensor) -> Tensor | None:
-        """The bool mask set on a parameter, or None."""
+        """The bool mask set on a parameter (a DTensor for a sharded one), or None."""
         packed = self.state[param].get("mask") if param in self.state else None
         return None if packed is None else _masks.unpack(packed, param)
 
@@ -307,7 +305,7 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch, with regularizers as plain data, so that `torch.load(weights_only=True)` reads it."""
-        first = self.register_state_dict_post_hook(_plain_regularizers, prepend=True)
+        first = self.register_state_dict_post_hook(_checkpoint.plain, prepend=True)
         try:
             return super().state_dict()
         finally:
@@ -327,6 +325,8 @@ class SparseOptimizer(torch.optim.Optimizer):
                 if isinstance(group.get("reg"), dict):
                     group["reg"] = Regularizer.from_dict(group["reg"])
             _checkpoint.check(self, loaded)
+            for group in loaded["param_groups"]:
+                group.pop(_checkpoint.MASKS, None)
             return loaded
 
         def restore(_: Any) -> None:
@@ -337,6 +337,8 @@ class SparseOptimizer(torch.optim.Optimizer):
                 for key, value in loaded["state"].get(i, {}).items():
                     if key == "step":
                         self.state[param][key] = torch.tensor(float(value), dtype=torch.float64)
+                    elif key == "mask" and not is_sharded(param):
+                        self.state[param][key] = _masks.pack(value.to(param.device))
                     else:
                         self.state[param][key] = value.to(param.device, copy=True)
             held: dict[int, Any] = {}  # groups that hold one regularizer may have parted in the dict
@@ -365,12 +367,6 @@ class SparseOptimizer(torch.optim.Optimizer):
             for name, value in {**self.defaults, **_checkpoint.FLAGS}.items():
                 group.setdefault(name, value)
         self._forget_plans()
-
-
-def _plain_regularizers(_: Any, state_dict: dict[str, Any]) -> None:
-    for group in state_dict["param_groups"]:
-        if isinstance(group.get("reg"), Regularizer):
-            group["reg"] = group["reg"].to_dict()
 
 
 def check_lr(owner: str, lr: Any) -> None:

@@ -56,8 +56,8 @@ class ReferenceBucket(Bucket):
     def run(self, group: dict[str, Any], grads: list[Tensor], grad_scale: float) -> None:
         h, reg = self.rule.hyper(group, self.advance()), group["reg"]
         for param, grad, state in zip(self.params, grads, self.states):
-            mask = unpack(state["mask"], param) if "mask" in state else None
             parts = {slot: local(value) for slot, value in state.items()}
+            mask = unpack(parts["mask"], param) if "mask" in parts else None
             reference.step_(self.rule, reg, h, param, grad, parts, mask, grad_scale)
         count = group["count_nonzeros"]
         self.counted = [(p, *reference.count_nonzeros(p, reg)) for p in self.params] if count else None
@@ -83,7 +83,7 @@ class FusedBucket(Bucket):
         self.slots = slots_of(rule, params[0])
         flat_state = [local(state[slot]) for state in states for slot in self.slots]
         none = torch.empty(0, dtype=torch.uint8, device=params[0].device)
-        masks = [in_memory_order(s["mask"], p) if "mask" in s else none for s, p in zip(states, params)]
+        masks = [in_memory_order(local(s["mask"]), p) if "mask" in s else none for s, p in zip(states, params)]
         self.plan = kernels.plan(
             params,
             flat_state,

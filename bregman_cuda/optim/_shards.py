@@ -92,3 +92,21 @@ def initial_values(
         value = part if slot == "master" else rule.init_slot(slot, whole, group)
         values[slot] = value if value is None or value is part else local(sharded_as(param, value))
     return values
+
+
+def mask_as(param: Any, mask: Any) -> Any:
+    """A copy of a bool mask, sharded as its parameter and on its device.
+
+    Raises:
+        ValueError: the mask is a DTensor and sharded otherwise.
+    """
+    if not is_sharded(mask):
+        mask = mask.to(param.device, copy=True)
+        return sharded_as(param, mask) if is_sharded(param) else mask
+    layout = (mask.device_mesh, mask.placements)
+    if not is_sharded(param) or layout != (param.device_mesh, param.placements):
+        raise ValueError(
+            f"set_mask: the mask is sharded as {mask.placements}, the parameter as "
+            f"{getattr(param, 'placements', 'a whole')}; pass a mask sharded alike, or the whole one on every rank"
+        )
+    return mask.clone()
