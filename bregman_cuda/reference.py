@@ -53,9 +53,7 @@ def advance(
     return z, scale, before
 
 
-def finish(
-    rule: Rule, h: Hyper, q: Tensor, before: Tensor, param: Tensor, state: State, mask: Tensor | None
-) -> None:
+def finish(rule: Rule, h: Hyper, q: Tensor, before: Tensor, param: Tensor, state: State, mask: Tensor | None) -> None:
     """The step from the prox point `q` on: writes the parameter."""
     after = rule.finish(q, before, state, h)
     if mask is not None:

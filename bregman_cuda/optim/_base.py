@@ -15,7 +15,7 @@ from ..regularizers._base import check_number
 from . import _checkpoint, _masks
 from ._plan import Bucket, GroupPlan, slots_of
 from ._rule import Rule
-from ._shards import initial_values, is_sharded, local, local_grads, mask_as, why_refused
+from ._shards import initial_values, is_sharded, local, local_grads, mask_as, on_any_rank, why_refused
 from ._traced import traced_step
 
 _layout = operator.attrgetter("layout")  # without a Python call per tensor
@@ -120,12 +120,20 @@ class SparseOptimizer(torch.optim.Optimizer):
             traced_step(self)
             return loss
         try:
-            self._step()
+            if self._sharded:
+                self._step_outside_compile()
+            else:
+                self._step()
         except Exception:
             for name in ("found_inf", "grad_scale"):  # GradScaler takes them away after a success only
                 vars(self).pop(name, None)
             raise
         return loss
+
+    @torch._disable_dynamo
+    def _step_outside_compile(self) -> None:
+        """Where torch.compile gives up on `step`, it tries its parts, and inside it DTensors look like tensors."""
+        self._step()
 
     def _step(self) -> None:
         if not self.state and self._only_initialises():
@@ -133,7 +141,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             return
         # GradScaler sets both around its call; grad_scale is None after an explicit unscale_.
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        if found_inf is not None and bool(found_inf):
+        if found_inf is not None and bool(on_any_rank(found_inf, self) if self._sharded else found_inf):
             return
         unscale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
         ready = self._ready()

@@ -26,7 +26,7 @@ _FOREIGN = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "
 MASKS = "masks"
 
 
-def plain(optimizer: SparseOptimizer, state_dict: dict[str, Any]) -> None:
+def plain(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
     """Makes a state dict plain data: regularizers as dicts, masks as bools of their parameter's shape."""
     state = state_dict["state"] = dict(state_dict["state"])  # its entries are the optimizer's own
     for mine, group in zip(optimizer.param_groups, state_dict["param_groups"]):
@@ -106,9 +106,9 @@ def _check_state(where: str, rule: Rule, param: Tensor, saved: dict[str, Any]) -
                 f"{where}: {key} is sharded as {getattr(value, 'placements', 'a whole')}, the parameter as "
                 f"{getattr(param, 'placements', 'a whole')}; load through torch.distributed.checkpoint"
             )
-        elif value.shape != param.shape:
+        if value.shape != param.shape:
             raise ValueError(f"{where}: {key} has shape {tuple(value.shape)}, the parameter {tuple(param.shape)}")
-        elif key == "mask":
+        if key == "mask":
             if value.dtype != torch.bool:
                 raise TypeError(f"{where}: the mask must be torch.bool, got {value.dtype}")
         elif not value.is_floating_point():

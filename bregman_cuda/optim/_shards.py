@@ -6,12 +6,15 @@ Recognised by the attribute that holds the part: importing torch.distributed.ten
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ._rule import Rule
+
+if TYPE_CHECKING:
+    from ._base import SparseOptimizer
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -49,7 +52,11 @@ def cut_along(param: Any, reg: Any) -> tuple[int, ...]:
 
     All ranks along them hold as many groups: a dim of the tensor either identifies groups or is summed over.
     """
-    if not is_sharded(param) or reg is None or reg.radial is None:
+    return _cut_along(param, reg) if is_sharded(param) else ()
+
+
+def _cut_along(param: Any, reg: Any) -> tuple[int, ...]:
+    if reg is None or reg.radial is None:
         return ()
     dims, mesh = reg.groups_of(param.shape), param.device_mesh
     if mesh.get_coordinate() is None:
@@ -83,7 +90,9 @@ def initial_values(
 
     Where shards cut groups, the dual depends on norms of whole groups: the tensor is gathered for it, once.
     """
-    part = local(param.detach()).to(dtype) if slots else None
+    if not slots:
+        return {}
+    part = local(param.detach()).to(dtype)
     if not any(slot != "master" for slot in slots) or not cut_along(param, group["reg"]):
         return {slot: part if slot == "master" else rule.init_slot(slot, part, group) for slot in slots}
     whole = param.detach().full_tensor().to(dtype)
@@ -110,3 +119,47 @@ def mask_as(param: Any, mask: Any) -> Any:
             f"{getattr(param, 'placements', 'a whole')}; pass a mask sharded alike, or the whole one on every rank"
         )
     return mask.clone()
+
+
+def on_any_rank(flag: Tensor, optimizer: SparseOptimizer) -> Tensor:
+    """The largest value that a rank has for GradScaler's `found_inf`.
+
+    torch asks the ranks that share the first gradient; those of others may disagree, and some would step alone.
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"] if is_sharded(p)]
+    if len({(p.device_mesh, *(placement.is_replicate() for placement in p.placements)) for p in params}) == 1:
+        return flag
+    from torch import distributed as dist
+
+    flag = flag.clone()
+    for process_group in dict.fromkeys(group for p in params for group in p.device_mesh.get_all_groups()):
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=process_group)
+    return flag
+
+
+# Inside torch.compile a DTensor has no attributes of its own, and answers to its type.
+
+
+def traced_cut(param: Any, reg: Any) -> bool:
+    """Whether shards cut the groups of a parameter."""
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(param, DTensor) and bool(_cut_along(param, reg))
+
+
+def traced_parts(params: list[Any], grads: list[Any], states: list[dict[str, Any]]) -> tuple[Any, Any, Any]:
+    """This rank's parts of parameters, gradients and states."""
+    from torch.distributed.tensor import DTensor
+
+    def part(t: Any) -> Any:
+        return t.to_local() if isinstance(t, DTensor) else t
+
+    alike = [
+        g.redistribute(placements=p.placements) if isinstance(p, DTensor) and g.placements != p.placements else g
+        for p, g in zip(params, grads)
+    ]
+    return (
+        [part(p) for p in params],
+        [part(g) for g in alike],
+        [{key: part(value) for key, value in state.items()} for state in states],
+    )
