@@ -310,6 +310,12 @@ def agreed(rank: int, mesh: Any) -> int:
     scaler.step(optimizer)
     skipped = torch.tensor(float(not optimizer.state))
     dist.all_reduce(skipped)
+    with pytest.raises(FloatingPointError, match="parameter 1 of shape"):
+        LinBreg([first, second], reg=GroupLasso(0.1, "in"), check_finite=True).step()
+    warm_up = LinBreg([first, second], lr=0.0, reg=GroupLasso(0.1, "in"))  # not the step that DCP makes
+    second.grad.nan_to_num_(posinf=1.0)
+    warm_up.step()
+    assert warm_up.state[second]["step"] == 1, rank
     return int(skipped)
 
 

@@ -15,7 +15,16 @@ from ..regularizers._base import check_number
 from . import _checkpoint, _masks
 from ._plan import Bucket, GroupPlan, slots_of
 from ._rule import Rule
-from ._shards import initial_values, is_sharded, local, local_grads, mask_as, on_any_rank, why_refused
+from ._shards import (
+    found_inf_anywhere,
+    initial_values,
+    is_sharded,
+    local,
+    local_grads,
+    mask_as,
+    on_all_ranks,
+    why_refused,
+)
 from ._traced import traced_step
 
 _layout = operator.attrgetter("layout")  # without a Python call per tensor
@@ -141,8 +150,10 @@ class SparseOptimizer(torch.optim.Optimizer):
             return
         # GradScaler sets both around its call; grad_scale is None after an explicit unscale_.
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        if found_inf is not None and bool(on_any_rank(found_inf, self) if self._sharded else found_inf):
-            return
+        if found_inf is not None:
+            skip = bool(found_inf)
+            if found_inf_anywhere(skip, self._params()) if self._sharded else skip:
+                return
         unscale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
         ready = self._ready()
         if sum(len(plan.buckets) for plan, _, _ in ready) > 1:  # a single bucket checks before it changes anything
@@ -159,8 +170,9 @@ class SparseOptimizer(torch.optim.Optimizer):
         state that it then loads. Parameters stay as they are; prox(delta * dual) would round them."""
         if any(float(group["lr"]) != 0 for group in self.param_groups):
             return False
-        grads = [p.grad for group in self.param_groups for p in group["params"]]
-        return all(g is None or (g.layout is torch.strided and not g.any()) for g in grads)
+        grads = [local(p.grad) for p in self._params()]
+        zero = all(g is None or (g.layout is torch.strided and not g.any()) for g in grads)
+        return on_all_ranks([zero], self._params())[0] if self._sharded else zero
 
     def _ready(self) -> list[tuple[GroupPlan, dict[str, Any], list[Tensor]]]:
         """Plans and gradients of all groups, with everything checked that can fail."""
@@ -189,10 +201,12 @@ class SparseOptimizer(torch.optim.Optimizer):
                 "use sparse=False in its embedding, or another optimizer for it"
             )
         if group["check_finite"]:
-            for i, grad in zip(active, grads):
-                if not bool(torch.isfinite(grad).all()):
-                    name = self._describe(group, i)
-                    raise FloatingPointError(f"the gradient of {name} has NaN or Inf; nothing was changed")
+            finite = [bool(torch.isfinite(local(grad)).all()) for grad in grads]
+            if self._sharded:
+                finite = on_all_ranks(finite, group["params"])
+            if not all(finite):
+                name = self._describe(group, active[finite.index(False)])
+                raise FloatingPointError(f"the gradient of {name} has NaN or Inf; nothing was changed")
 
     def _check_against_params(self, ready: list[tuple[GroupPlan, dict[str, Any], list[Tensor]]]) -> None:
         for plan, _, grads in ready:
@@ -309,7 +323,10 @@ class SparseOptimizer(torch.optim.Optimizer):
     def _forget_plans(self) -> None:
         self._plans = {}
         self._cut: tuple[Any, list[Any]] | None = None  # of _collective
-        self._sharded = any(is_sharded(p) for group in self.param_groups for p in group["params"])
+        self._sharded = any(map(is_sharded, self._params()))
+
+    def _params(self) -> list[Any]:
+        return [p for group in self.param_groups for p in group["params"]]
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch, with regularizers as plain data, so that `torch.load(weights_only=True)` reads it."""

@@ -115,7 +115,7 @@ def _places(optimizer: SparseOptimizer) -> list[Any]:
     The order is the optimizer's, the same on all ranks; so is the order of the collectives."""
     regs = [group["reg"] for group in optimizer.param_groups]
     key = [
-        (type(reg), getattr(reg, "groups", None), len(group["params"]))
+        (type(reg), getattr(reg, "groups", None), *map(id, group["params"]))
         for reg, group in zip(regs, optimizer.param_groups)
     ]
     if optimizer._cut is None or optimizer._cut[0] != key:

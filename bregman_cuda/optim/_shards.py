@@ -6,15 +6,12 @@ Recognised by the attribute that holds the part: importing torch.distributed.ten
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._rule import Rule
-
-if TYPE_CHECKING:
-    from ._base import SparseOptimizer
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -121,20 +118,26 @@ def mask_as(param: Any, mask: Any) -> Any:
     return mask.clone()
 
 
-def on_any_rank(flag: Tensor, optimizer: SparseOptimizer) -> Tensor:
-    """The largest value that a rank has for GradScaler's `found_inf`.
-
-    torch asks the ranks that share the first gradient; those of others may disagree, and some would step alone.
-    """
-    params = [p for group in optimizer.param_groups for p in group["params"] if is_sharded(p)]
-    if len({(p.device_mesh, *(placement.is_replicate() for placement in p.placements)) for p in params}) == 1:
-        return flag
+def on_all_ranks(flags: Sequence[bool], params: Iterable[Any]) -> list[bool]:
+    """Which flags are set on every rank that has a part in the parameters. (`bool` of a DTensor reads this rank's.)"""
     from torch import distributed as dist
 
-    flag = flag.clone()
-    for process_group in dict.fromkeys(group for p in params for group in p.device_mesh.get_all_groups()):
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=process_group)
-    return flag
+    sharded = [p for p in params if is_sharded(p)]
+    if not sharded or not flags:
+        return list(flags)
+    lowest = torch.tensor(flags, dtype=torch.float32, device=local(sharded[0]).device)
+    for process_group in dict.fromkeys(group for p in sharded for group in p.device_mesh.get_all_groups()):
+        dist.all_reduce(lowest, dist.ReduceOp.MIN, group=process_group)
+    return [bool(flag) for flag in lowest.tolist()]
+
+
+def found_inf_anywhere(found_inf: bool, params: Iterable[Any]) -> bool:
+    """GradScaler's verdict for all ranks: torch asks only those that share the first gradient, and others may have
+    overflowed; without this some would step alone."""
+    sharded = [p for p in params if is_sharded(p)]
+    if len({(p.device_mesh, *(placement.is_replicate() for placement in p.placements)) for p in sharded}) == 1:
+        return found_inf
+    return not on_all_ranks([not found_inf], sharded)[0]
 
 
 # Inside torch.compile a DTensor has no attributes of its own, and answers to its type.
