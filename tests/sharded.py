@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -169,6 +170,15 @@ def tensor_cases(world: int) -> list[tuple[str, str, torch.dtype]]:
     return [*cases, ("proxsgd", kinds[-1], torch.float32), *(("proxsgd", "rows", d) for d in registry.DTYPES[1:])]
 
 
+def join(rank: int, world: int, port: int) -> None:
+    """Ranks that wait for each other in vain end soon, with an error."""
+    import torch.distributed as dist
+
+    address, patience = f"tcp://127.0.0.1:{port}", datetime.timedelta(seconds=90)
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world, timeout=patience)
+    torch.set_num_threads(1)
+
+
 def worker(rank: int, world: int, port: int, folder: str) -> None:
     """One rank of all cases."""
     import torch.distributed as dist
@@ -177,8 +187,7 @@ def worker(rank: int, world: int, port: int, folder: str) -> None:
     from torch.distributed.tensor import DTensor, Replicate
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    torch.set_num_threads(1)
+    join(rank, world, port)
     places = layouts(world)
     mesh = places["rows"][0]
     size = len(batches()[0][0]) // world
@@ -355,8 +364,7 @@ def resumer(rank: int, world: int, port: int, folder: str, *sources: str) -> Non
     """Loads what other numbers of ranks saved after three steps, and continues."""
     import torch.distributed as dist
 
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    torch.set_num_threads(1)
+    join(rank, world, port)
     mesh = layouts(world)["rows"][0]
     size = len(batches()[0][0]) // world
     results = {}
