@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,15 @@ def step_(
         mask: bool of param's shape; False keeps the entry at exactly zero, in the state, too.
         grad_scale: factor on the gradient (-1 maximizes).
     """
+    z, scale, before, grad = advance(rule, h, param, grad, state, mask, grad_scale)
+    finish(rule, h, z if reg is None else reg.prox(z, scale), before, grad, param, state, mask)
+
+
+def advance(
+    rule: Rule, h: Hyper, param: Tensor, grad: Tensor, state: State, mask: Tensor | None, grad_scale: float
+) -> tuple[Tensor, Any, Tensor, Tensor]:
+    """The step up to the prox: advances the state; the pre-prox point, its prox scale, the parameter as it was, and
+    the gradient that counts."""
     master = state.get("master") if rule.reads_param else None
     before = param.to(state_dtype(param)) if master is None else master
     grad = grad.to(before.dtype) * grad_scale
@@ -40,13 +51,26 @@ def step_(
     if mask is not None:
         z = torch.where(mask, z, torch.zeros_like(z))
         _mask_state(rule, state, mask)
-    q = z if reg is None else reg.prox(z, scale)
+    return z, scale, before, grad
+
+
+def finish(
+    rule: Rule,
+    h: Hyper,
+    q: Tensor,
+    before: Tensor,
+    grad: Tensor,
+    param: Tensor,
+    state: State,
+    mask: Tensor | None,
+) -> None:
+    """The step from the prox point `q` on: writes the parameter. `before` and `grad` are those of `advance`."""
     after = rule.finish_late(q, grad, before, state, h) if rule.late else rule.finish(q, before, state, h)
     if mask is not None:
         after = torch.where(mask, after, torch.zeros_like(after))
         _mask_state(rule, state, mask)
-    if master is not None:
-        master.copy_(after)
+    if rule.reads_param and "master" in state:
+        state["master"].copy_(after)
     param.copy_(after)
 
 

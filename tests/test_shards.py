@@ -8,156 +8,167 @@ import sys
 from pathlib import Path
 
 import pytest
+import sharded as here
 import torch
 from harness import same_bits
-from test_ecosystem import batches, free_port, network
-from torch import nn
+from test_ecosystem import free_port, network
 
 import bregman_cuda
-from bregman_cuda import L1, AdaBreg, GroupLasso, LinBreg, ProxSGD, SparseGroupLasso
+from bregman_cuda import L1, AdaBreg, GroupLasso
 
 ROOT = Path(__file__).resolve().parents[1]
-CASES = {
-    "linbreg-l1": (lambda p: LinBreg(p, lr=0.1, momentum=0.9, count_nonzeros=True), lambda: L1(0.1)),
-    "adabreg-out": (lambda p: AdaBreg(p, lr=1e-2), lambda: SparseGroupLasso(0.05, 0.5, "out")),
-    "proxsgd-out": (lambda p: ProxSGD(p, lr=0.1, momentum=0.9), lambda: GroupLasso(0.1)),
-    "reference": (lambda p: AdaBreg(p, lr=1e-2, fused=False), lambda: GroupLasso(0.05, "out")),
-}
+pytestmark = pytest.mark.slow
 
 
-def optimizer_for(name: str, model: nn.Module):
-    make, reg = CASES[name]
-    return make(bregman_cuda.param_groups(model, weights=reg()))
-
-
-def train(model, optimizer, part: slice, begin: int = 0, end: int = 6) -> None:
-    for x, y in batches()[begin:end]:
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x[part]), y[part]).backward()
-        optimizer.step()
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def worker(rank: int, world: int, port: int, folder: str) -> None:
-    """One rank of all cases: FSDP2 on the whole world, then a tensor-parallel layer."""
-    import torch.distributed as dist
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, get_state_dict
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    torch.set_num_threads(1)
-    mesh = init_device_mesh("cpu", (world,))
-    size = len(batches()[0][0]) // world
-    results = {}
-    for name in CASES:
-        model = network()
-        for layer in (model[0], model[2], model):
-            fully_shard(layer, mesh=mesh)
-        optimizer = optimizer_for(name, model)
-        train(model, optimizer, slice(rank * size, (rank + 1) * size), 0, 3)
-        weights, state = get_state_dict(model, optimizer)
-        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=f"{folder}/{name}")
-        train(model, optimizer, slice(rank * size, (rank + 1) * size), 3)
-        saved = get_optimizer_state_dict(model, optimizer)["state"]
-        results[name] = {
-            "params": [whole(p.detach()) for p in model.parameters()],
-            "state": {f"{p}.{key}": whole(t) for p, entry in saved.items() for key, t in entry.items()},
-            "density": optimizer.density().density,
-        }
-    model = parallelize_module(network(16), mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
-    optimizer = AdaBreg(model.parameters(), lr=1e-2, reg=L1(0.05))
-    train(model, optimizer, slice(None))
-    results["tensor parallel"] = [whole(p.detach()) for p in model.parameters()]
-    refused = []
-    for use in (
-        lambda: LinBreg([model[0].weight], reg=GroupLasso(0.1, "in")),
-        lambda: optimizer.set_mask(model[0].weight, torch.ones(16, 6, dtype=torch.bool)),
-    ):
-        try:
-            use()
-        except NotImplementedError as error:
-            refused.append(str(error))
-    results["refused"] = refused
-    if rank == 0:
-        torch.save(results, f"{folder}/results.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def single(name: str):
-    model = network()
-    optimizer = optimizer_for(name, model)
-    train(model, optimizer, slice(None))
-    return model, optimizer
-
-
-@pytest.fixture(scope="module", params=[2, 4])
-def sharded(request, tmp_path_factory):
-    world, folder = request.param, tmp_path_factory.mktemp("shards")
+def run_ranks(role: str, world: int, folder: Path, *sources: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), *sys.path])}
-    code = f"import test_shards, sys; test_shards.worker(int(sys.argv[1]), {world}, {free_port()}, {str(folder)!r})"
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", code, str(rank)], env=environment, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(world)
+    command = [sys.executable, "-W", "ignore", str(ROOT / "tests/sharded.py"), role]
+    tail = [str(world), str(free_port()), str(folder), *map(str, sources)]
+    logs = [open(folder / f"{role}{rank}.log", "w+") for rank in range(world)]  # noqa: SIM115
+    ranks = [
+        subprocess.Popen([*command, str(rank), *tail], env=environment, stderr=log) for rank, log in enumerate(logs)
     ]
-    for one in workers:
-        _, errors = one.communicate(timeout=240)
-        assert one.returncode == 0, errors[-4000:]
-    return folder, torch.load(folder / "results.pt", weights_only=False)
+    try:
+        for rank, log in zip(ranks, logs):
+            code = rank.wait(timeout=240)
+            log.seek(0)
+            assert code == 0, log.read()[-4000:]
+    finally:
+        for rank, log in zip(ranks, logs):
+            rank.kill()
+            rank.wait()
+            log.close()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
-def test_fsdp_trains_as_one_process(sharded, name):
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """Results and checkpoints of a number of ranks."""
+    done = {}
+
+    def results(world: int):
+        if world not in done:
+            folder = tmp_path_factory.mktemp(f"ranks{world}")
+            run_ranks("worker", world, folder)
+            done[world] = folder, torch.load(folder / "results.pt", weights_only=False)
+        return done[world]
+
+    return results
+
+
+@pytest.fixture(params=[2, 4])
+def world(request):
+    return request.param
+
+
+def assert_close(ours, expected) -> None:
+    """Within what another order of summing gradients does; the zeros are the same."""
+    for a, b in zip(ours["params"], expected["params"], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        assert torch.equal(a == 0, b == 0)
+    assert ours["state"].keys() == expected["state"].keys()
+    for key, value in ours["state"].items():
+        torch.testing.assert_close(value, expected["state"][key], rtol=1e-4, atol=1e-5)
+    for a, b in zip(ours["masks"], expected["masks"], strict=True):
+        assert a is b is None or torch.equal(a, b)
+    assert ours["density"] == expected["density"]
+
+
+TENSORS = [(n, *case) for n in (2, 4) for case in here.tensor_cases(n)]
+
+
+@pytest.mark.parametrize(("n", "rule", "layout", "dtype"), TENSORS, ids=lambda v: str(v).removeprefix("torch."))
+def test_every_rule_and_regularizer_steps_as_on_one_process(ranks, n, rule, layout, dtype):
+    """Bit for bit, given the same gradients, masks included: sums of squares run in float64, where only fp64
+    parameters see the order of a sum. One collective a step and process group, and none where no group is cut."""
+    ours, expected = ranks(n)[1][rule, layout, dtype], here.tensors(rule, layout, dtype, None)
+    assert ours["collectives"] == (0 if here.metric(rule) else here.COLLECTIVES[layout])
+    assert ours["counts"] == expected["counts"]
+    assert any(bool((p == 0).any()) for p in expected["params"])
+    states = zip(ours["state"], expected["state"], strict=True)
+    pairs = [*zip(ours["params"], expected["params"], strict=True), *((a[k], b[k]) for a, b in states for k in b)]
+    for a, b in pairs:
+        if dtype == torch.float64:
+            torch.testing.assert_close(a, b, rtol=1e-14, atol=1e-15)
+        else:
+            assert same_bits(a, b)
+
+
+@pytest.mark.parametrize("name", here.CASES)
+def test_fsdp_trains_as_one_process(ranks, world, name):
     """Uneven and empty shards included: 17 and 3 rows on 2 and 4 ranks."""
-    _, results = sharded
-    model, optimizer = single(name)
-    for ours, expected in zip(results[name]["params"], model.parameters(), strict=True):
-        torch.testing.assert_close(ours, expected.detach(), rtol=1e-4, atol=1e-5)
-        assert torch.equal(ours == 0, expected.detach() == 0)
-    names = dict(model.named_parameters())
-    for key, value in results[name]["state"].items():
-        parameter, _, slot = key.rpartition(".")
-        torch.testing.assert_close(value, optimizer.state[names[parameter]][slot], rtol=1e-4, atol=1e-5)
-    assert results[name]["density"] == optimizer.density().density
+    assert_close(ranks(world)[1][name], here.outcome(*here.single(name)))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
-def test_checkpoint_of_many_ranks_continues_on_one(sharded, name):
+@pytest.mark.parametrize("name", here.CASES)
+def test_state_dict_functions_bring_sharded_state_along(ranks, world, name):
+    """Sharded, full, and full from the first rank."""
+    assert ranks(world)[1][name]["handed on"] == [True] * 3
+
+
+@pytest.mark.parametrize("name", here.CASES)
+def test_checkpoint_of_many_ranks_continues_on_one(ranks, world, name):
+    found = here.resume(name, network(), str(ranks(world)[0] / name), slice(None), no_dist=True)
+    assert_close(found, here.outcome(*here.single(name)))
+
+
+@pytest.fixture(scope="module")
+def resumed(ranks, tmp_path_factory):
+    """Two ranks continue from the checkpoints of four, and of one without shards."""
     import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    from torch.distributed.checkpoint.state_dict import get_state_dict
 
-    folder, results = sharded
-    model = network()
-    optimizer = optimizer_for(name, model)
-    weights, state = get_state_dict(model, optimizer)
-    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=str(folder / name), no_dist=True)
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
-    train(model, optimizer, slice(None), 3)
-    for ours, expected in zip(model.parameters(), results[name]["params"], strict=True):
-        torch.testing.assert_close(ours.detach(), expected, rtol=1e-4, atol=1e-5)
-    assert not same_bits(model[0].weight.detach(), network()[0].weight.detach())
+    alone = tmp_path_factory.mktemp("alone")
+    for name in here.CASES:
+        weights, state = get_state_dict(*here.single(name, end=3))
+        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=str(alone / name), no_dist=True)
+    run_ranks("resumer", 2, alone, ranks(4)[0], alone)
+    return torch.load(alone / "resumed.pt", weights_only=False)
 
 
-@pytest.mark.slow
-def test_tensor_parallel_layers_train_as_whole_ones(sharded):
+@pytest.mark.parametrize("source", [0, 1], ids=["from 4 ranks", "from one process"])
+@pytest.mark.parametrize("name", here.CASES)
+def test_checkpoint_continues_on_two_ranks(resumed, name, source):
+    """Masks included; without a mask to load into they would be lost, and that is an error."""
+    found = resumed[source, name]
+    assert_close(found, here.outcome(*here.single(name)))
+    assert ("saved with masks on 1 of its parameters, and has 0" in found["lost"]) == here.CASES[name][2]
+
+
+@pytest.mark.parametrize("groups", ["l1", "in", "out"])
+def test_tensor_parallel_layers_train_as_whole_ones(ranks, world, groups):
+    reg = L1(0.05) if groups == "l1" else GroupLasso(0.05, groups)
     model = network(16)
-    train(model, AdaBreg(model.parameters(), lr=1e-2, reg=L1(0.05)), slice(None))
-    for ours, expected in zip(sharded[1]["tensor parallel"], model.parameters(), strict=True):
+    optimizer = AdaBreg(bregman_cuda.param_groups(model, weights=reg), lr=1e-2)
+    here.train(model, optimizer, slice(None))
+    for ours, expected in zip(ranks(world)[1]["tensor parallel", groups], model.parameters(), strict=True):
         torch.testing.assert_close(ours, expected.detach(), rtol=1e-4, atol=1e-5)
+        assert torch.equal(ours == 0, expected == 0)
 
 
-@pytest.mark.slow
-def test_what_shards_cannot_do_yet_is_refused(sharded):
-    crossing, mask = sharded[1]["refused"]
-    assert "sharded along dim 0, which cuts its groups" in crossing
-    assert "masks of sharded parameters" in mask
+def test_grad_scaler_and_clipping(ranks, world):
+    """An overflow on one rank skips the step on all of them; norms of gradients are those of whole tensors."""
+    ours, expected = ranks(world)[1]["scaled"], here.scaled(network(), slice(None), True)
+    assert ours["log"] == pytest.approx(expected["log"], rel=1e-4)
+    assert ours["steps"] == expected["steps"] == 4
+    assert_close(ours, expected)
+
+
+def test_ranks_skip_a_step_together(ranks, world):
+    assert ranks(world)[1]["agreed"] == world
+
+
+def test_what_shards_cannot_do_is_refused(ranks, world):
+    refused = ranks(world)[1]["refused"]
+    assert refused["metric"].startswith("NotImplementedError: Metric: parameter 0 of shape (6, 4): its shards cut its")
+    assert "its ranks hold summands (a Partial placement)" in refused["partial"]
+    assert "fused=True, but parameter 0 of shape (6, 4) cannot use kernels: shards cut its groups" in refused["fused"]
+    assert "the mask is sharded as (Replicate(),), the parameter as (Shard(dim=0),)" in refused["mask"]
+    assert "the parameter as a whole" in refused["mask of a plain one"]
+    assert "has a gradient on some of them only" in refused["some gradients"]
+
+
+@pytest.mark.parametrize("groups", here.COMPILED)
+def test_compiled_steps_of_sharded_parameters(ranks, groups):
+    expected = here.compiled(here.COMPILED[groups], None)
+    for ours, whole in zip(ranks(2)[1]["compiled"][groups], expected, strict=True):
+        assert same_bits(ours, whole)

@@ -15,7 +15,16 @@ from ..regularizers._base import check_number
 from . import _checkpoint, _masks
 from ._plan import Amp, Bucket, GroupPlan, counter_values, slots_of
 from ._rule import COUNTERS, Rule
-from ._shards import is_sharded, local, local_grads, why_groups_cross
+from ._shards import (
+    found_inf_anywhere,
+    initial_values,
+    is_sharded,
+    local,
+    local_grads,
+    mask_as,
+    on_all_ranks,
+    why_refused,
+)
 from ._traced import traced_step
 
 _layout = operator.attrgetter("layout")  # without a Python call per tensor
@@ -99,7 +108,7 @@ class SparseOptimizer(torch.optim.Optimizer):
                     reg.groups_of(param.shape)
                 except ValueError as error:
                     raise ValueError(f"{owner}: {self._describe(group, index)}: {error}") from None
-            if why := why_groups_cross(param, reg):
+            if why := why_refused(param, reg, self._rule(group), group["capturable"]):
                 raise NotImplementedError(f"{owner}: {self._describe(group, index)}: {why}")
 
     def _describe(self, group: dict[str, Any], index: int) -> str:
@@ -128,12 +137,20 @@ class SparseOptimizer(torch.optim.Optimizer):
             traced_step(self)
             return loss
         try:
-            self._step()
+            if self._sharded:
+                self._step_outside_compile()
+            else:
+                self._step()
         except Exception:
             for name in ("found_inf", "grad_scale"):  # GradScaler takes them away after a success only
                 vars(self).pop(name, None)
             raise
         return loss
+
+    @torch._disable_dynamo
+    def _step_outside_compile(self) -> None:
+        """Where torch.compile gives up on `step`, it tries its parts, and inside it DTensors look like tensors."""
+        self._step()
 
     def _step(self) -> None:
         if not self.state and self._only_initialises():
@@ -142,8 +159,11 @@ class SparseOptimizer(torch.optim.Optimizer):
         # GradScaler sets both around its call; grad_scale is None after an explicit unscale_.
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         capturable = any(group["capturable"] for group in self.param_groups)
-        if found_inf is not None and found_inf.device.type == "cpu" and not capturable and bool(found_inf):
-            return
+        if found_inf is not None and (self._sharded or (found_inf.device.type == "cpu" and not capturable)):
+            skip = bool(found_inf)
+            if found_inf_anywhere(skip, self._params()) if self._sharded else skip:
+                return
+            found_inf = None
         if is_capturing() and not all(group["capturable"] for group in self.param_groups):
             raise RuntimeError(f"{type(self).__name__}: to capture a step in a CUDA graph, set capturable=True")
         ready = self._ready()
@@ -151,14 +171,19 @@ class SparseOptimizer(torch.optim.Optimizer):
             self._check_against_params(ready)
         for plan, group, grads in ready:
             plan.run(group, grads, Amp(-1.0 if group["maximize"] else 1.0, grad_scale, found_inf))
+        if self._sharded:
+            from . import _collective
+
+            _collective.finish(self, [plan for plan, _, _ in ready])
 
     def _only_initialises(self) -> bool:
         """Whether this first step has lr = 0 and zero gradients: torch.distributed.checkpoint makes one to create the
         state that it then loads. Parameters stay as they are; prox(delta * dual) would round them."""
         if any(float(group["lr"]) != 0 for group in self.param_groups):
             return False
-        grads = [p.grad for group in self.param_groups for p in group["params"]]
-        return all(g is None or (g.layout is torch.strided and not g.any()) for g in grads)
+        grads = [local(p.grad) for p in self._params()]
+        zero = all(g is None or (g.layout is torch.strided and not g.any()) for g in grads)
+        return on_all_ranks([zero], self._params())[0] if self._sharded else zero
 
     def _ready(self) -> list[tuple[GroupPlan, dict[str, Any], list[Tensor]]]:
         """Plans and gradients of all groups, with everything checked that can fail."""
@@ -187,10 +212,12 @@ class SparseOptimizer(torch.optim.Optimizer):
                 "use sparse=False in its embedding, or another optimizer for it"
             )
         if group["check_finite"]:
-            for i, grad in zip(active, grads):
-                if not bool(torch.isfinite(grad).all()):
-                    name = self._describe(group, i)
-                    raise FloatingPointError(f"the gradient of {name} has NaN or Inf; nothing was changed")
+            finite = [bool(torch.isfinite(local(grad)).all()) for grad in grads]
+            if self._sharded:
+                finite = on_all_ranks(finite, group["params"])
+            if not all(finite):
+                name = self._describe(group, active[finite.index(False)])
+                raise FloatingPointError(f"the gradient of {name} has NaN or Inf; nothing was changed")
 
     def _check_against_params(self, ready: list[tuple[GroupPlan, dict[str, Any], list[Tensor]]]) -> None:
         for plan, _, grads in ready:
@@ -231,18 +258,18 @@ class SparseOptimizer(torch.optim.Optimizer):
         mask, dtype, slots = state.get("mask"), state_dtype(param), slots_of(rule, param)
         if "master" not in slots:
             state.pop("master", None)  # the parameter became its own master: model.float()
+        start = initial_values(rule, [slot for slot in slots if slot not in state], param, group, dtype)
         for slot in slots:
             known, wanted = state.get(slot), (dtype, param.shape, _strides(param))
             if known is not None and (known.dtype, known.shape, known.stride()) == wanted:
                 continue
-            wide = local(param.detach()).to(dtype)
-            value = wide if slot == "master" else rule.init_slot(slot, wide, group)
-            value = local(state.get(slot, value))  # same state in another dtype or memory layout: keep its values
+            # The same state in another dtype or memory layout keeps its values.
+            value = local(state[slot]) if slot in state else start[slot]
             state[slot] = torch.zeros_like(param, dtype=dtype)
             if value is not None:
                 local(state[slot]).copy_(value)
             if mask is not None:
-                state[slot].masked_fill_(~_masks.unpack(mask, param), 0)
+                local(state[slot]).masked_fill_(~_masks.unpack(local(mask), param), 0)
         return state
 
     def _init_group(self) -> None:
@@ -268,17 +295,15 @@ class SparseOptimizer(torch.optim.Optimizer):
         Args:
             param: one of this optimizer's parameters.
             mask: bool tensor of param's shape, True where the entry may be non-zero; None releases the mask
-                (released entries start at zero, in the middle of the dead zone).
+                (released entries start at zero, in the middle of the dead zone). For a sharded parameter: a DTensor
+                sharded alike, or the whole mask, the same on every rank.
 
         Raises:
             KeyError: not a parameter of this optimizer.
-            TypeError, ValueError: not bool, or another shape.
-            NotImplementedError: a sharded parameter (DTensor).
+            TypeError, ValueError: not bool, or another shape or sharding.
         """
         if not any(param is p for group in self.param_groups for p in group["params"]):
             raise KeyError("set_mask: not a parameter of this optimizer")
-        if is_sharded(param):
-            raise NotImplementedError("set_mask: masks of sharded parameters (DTensor) are not supported yet")
         state = self.state[param]
         if mask is None:
             state.pop("mask", None)
@@ -289,14 +314,14 @@ class SparseOptimizer(torch.optim.Optimizer):
                 raise ValueError(
                     f"set_mask: the mask has shape {tuple(mask.shape)}, the parameter {tuple(param.shape)}"
                 )
-            mask = mask.to(param.device)
-            state["mask"] = _masks.pack(mask)
+            mask = mask_as(param, mask)
+            state["mask"] = mask if is_sharded(param) else _masks.pack(mask)
             for tensor in (param, *(t for key, t in state.items() if key not in (*COUNTERS, "mask"))):
-                tensor.masked_fill_(~mask, 0)
+                local(tensor).masked_fill_(~local(mask), 0)
         self._forget_plans()
 
     def get_mask(self, param: Tensor) -> Tensor | None:
-        """The bool mask set on a parameter, or None."""
+        """The bool mask set on a parameter (a DTensor for a sharded one), or None."""
         packed = self.state[param].get("mask") if param in self.state else None
         return None if packed is None else _masks.unpack(packed, param)
 
@@ -321,11 +346,15 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     def _forget_plans(self) -> None:
         self._plans = {}
-        self._sharded = any(is_sharded(p) for group in self.param_groups for p in group["params"])
+        self._cut: tuple[Any, list[Any]] | None = None  # of _collective
+        self._sharded = any(map(is_sharded, self._params()))
+
+    def _params(self) -> list[Any]:
+        return [p for group in self.param_groups for p in group["params"]]
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch, with regularizers as plain data, so that `torch.load(weights_only=True)` reads it."""
-        first = self.register_state_dict_post_hook(_plain_regularizers, prepend=True)
+        first = self.register_state_dict_post_hook(_checkpoint.plain, prepend=True)
         try:
             return super().state_dict()
         finally:
@@ -345,6 +374,8 @@ class SparseOptimizer(torch.optim.Optimizer):
                 if isinstance(group.get("reg"), dict):
                     group["reg"] = Regularizer.from_dict(group["reg"])
             _checkpoint.check(self, loaded)
+            for group in loaded["param_groups"]:
+                group.pop(_checkpoint.MASKS, None)
             return loaded
 
         def restore(_: Any) -> None:
@@ -355,6 +386,8 @@ class SparseOptimizer(torch.optim.Optimizer):
                 for key, value in loaded["state"].get(i, {}).items():
                     if key in COUNTERS:
                         self.state[param][key] = torch.tensor(float(value), dtype=torch.float64)
+                    elif key == "mask" and not is_sharded(param):
+                        self.state[param][key] = _masks.pack(value.to(param.device))
                     else:
                         self.state[param][key] = value.to(param.device, copy=True)
             held: dict[int, Any] = {}  # groups that hold one regularizer may have parted in the dict
@@ -383,12 +416,6 @@ class SparseOptimizer(torch.optim.Optimizer):
             for name, value in {**self.defaults, **_checkpoint.FLAGS}.items():
                 group.setdefault(name, value)
         self._forget_plans()
-
-
-def _plain_regularizers(_: Any, state_dict: dict[str, Any]) -> None:
-    for group in state_dict["param_groups"]:
-        if isinstance(group.get("reg"), Regularizer):
-            group["reg"] = group["reg"].to_dict()
 
 
 def is_capturing() -> bool:

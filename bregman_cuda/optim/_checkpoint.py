@@ -1,4 +1,4 @@
-"""What a state dict must hold to be loaded. All of it is checked before an optimizer changes."""
+"""What a state dict holds, and must hold to be loaded: all of it is checked before an optimizer changes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ._masks import packed_size
+from ..regularizers import Regularizer
+from ._masks import unpack
 from ._plan import slots_of
 from ._rule import Rule
 
@@ -18,6 +19,27 @@ if TYPE_CHECKING:
 FLAGS = {"maximize": False, "fused": None, "count_nonzeros": False, "check_finite": False, "capturable": False}  # may be missing
 # What torch's schedulers and SWA write into a group, and its Optimizer when it loads.
 _FOREIGN = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr", "differentiable"}
+
+
+# How many parameters of a group have a mask: torch.distributed.checkpoint leaves out, without a word, the masks of
+# parameters that have none in the optimizer that loads.
+MASKS = "masks"
+
+
+def plain(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """Makes a state dict plain data: regularizers as dicts, masks as bools of their parameter's shape."""
+    state = state_dict["state"] = dict(state_dict["state"])  # its entries are the optimizer's own
+    for mine, group in zip(optimizer.param_groups, state_dict["param_groups"]):
+        if isinstance(group.get("reg"), Regularizer):
+            group["reg"] = group["reg"].to_dict()
+        for param, i in zip(mine["params"], group["params"]):
+            if "mask" in state.get(i, {}):
+                state[i] = {**state[i], "mask": unpack(state[i]["mask"], param)}
+        group[MASKS] = _masked(group, state)
+
+
+def _masked(group: dict[str, Any], state: dict[Any, Any]) -> int:
+    return sum("mask" in state.get(i, {}) for i in group["params"])
 
 
 def check(optimizer: SparseOptimizer, saved: dict[str, Any]) -> None:
@@ -35,6 +57,12 @@ def check(optimizer: SparseOptimizer, saved: dict[str, Any]) -> None:
     for number, (mine, theirs) in enumerate(zip(optimizer.param_groups, saved["param_groups"])):
         where = f"{owner}: parameter group {number} of the state dict"
         _check_group(optimizer, where, mine, theirs)
+        if (found := _masked(theirs, saved["state"])) < theirs.get(MASKS, 0):
+            raise ValueError(
+                f"{where} was saved with masks on {theirs[MASKS]} of its parameters, and has {found}: "
+                "torch.distributed.checkpoint loads only what the optimizer has already. Call get_optimizer_state_dict "
+                "once, set any mask on the same parameters, and call it again for the dict to load into"
+            )
         rule = optimizer._rule({**optimizer.defaults, **theirs})
         for index, (param, i) in enumerate(zip(mine["params"], theirs["params"])):
             if i in saved["state"]:
@@ -43,7 +71,7 @@ def check(optimizer: SparseOptimizer, saved: dict[str, Any]) -> None:
 
 
 def _check_group(optimizer: SparseOptimizer, where: str, mine: dict[str, Any], theirs: dict[str, Any]) -> None:
-    if unknown := {*theirs} - {*optimizer.defaults, *mine, *FLAGS, *_FOREIGN, "param_names"}:
+    if unknown := {*theirs} - {*optimizer.defaults, *mine, *FLAGS, *_FOREIGN, MASKS, "param_names"}:
         raise ValueError(f"{where} has unknown options {', '.join(map(repr, sorted(unknown)))}: another optimizer's?")
     if missing := {"lr", "params"} - {*theirs}:  # other options of a dict from an older version may be missing
         raise KeyError(f"{where} has no {', '.join(map(repr, sorted(missing)))}")
@@ -73,18 +101,15 @@ def _check_state(where: str, rule: Rule, param: Tensor, saved: dict[str, Any]) -
             continue
         if not torch.is_tensor(value):
             raise TypeError(f"{where}: {key} must be a tensor, got {value!r}")
-        if key == "mask":
-            if value.dtype != torch.uint8 or value.shape != (packed_size(param),):
-                raise ValueError(
-                    f"{where}: the packed mask must be torch.uint8 of shape ({packed_size(param)},), "
-                    f"got {value.dtype} of shape {tuple(value.shape)}"
-                )
-        elif getattr(value, "placements", None) != getattr(param, "placements", None):
+        if getattr(value, "placements", None) != getattr(param, "placements", None):
             raise ValueError(
                 f"{where}: {key} is sharded as {getattr(value, 'placements', 'a whole')}, the parameter as "
                 f"{getattr(param, 'placements', 'a whole')}; load through torch.distributed.checkpoint"
             )
-        elif value.shape != param.shape:
+        if value.shape != param.shape:
             raise ValueError(f"{where}: {key} has shape {tuple(value.shape)}, the parameter {tuple(param.shape)}")
+        if key == "mask":
+            if value.dtype != torch.bool:
+                raise TypeError(f"{where}: the mask must be torch.bool, got {value.dtype}")
         elif not value.is_floating_point():
             raise TypeError(f"{where}: {key} must be floating-point, got {value.dtype}")

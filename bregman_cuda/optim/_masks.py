@@ -1,4 +1,8 @@
-"""Bit-packed masks, in index order (last dimension fastest): a parameter's memory layout may change under them."""
+"""Bit-packed masks, in index order (last dimension fastest): a parameter's memory layout may change under them.
+
+The mask of a sharded parameter is a bool DTensor instead, which torch.distributed.checkpoint can shard anew; state
+dicts hold bools for all parameters, so that a checkpoint of many ranks loads on one and the other way round.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +27,6 @@ def flat(t: Tensor) -> Tensor:
     return t.as_strided((t.numel(),), (1,))
 
 
-def packed_size(t: Tensor) -> int:
-    """Bytes of a packed mask of this tensor's elements."""
-    return -(-t.numel() // _WORD) * _WORD // 8
-
-
 def pack(mask: Tensor) -> Tensor:
     """uint8 tensor with bit i % 8 of byte i // 8 set where element i is kept."""
     bits = torch.zeros(-(-mask.numel() // _WORD) * _WORD, dtype=torch.uint8, device=mask.device)
@@ -37,7 +36,9 @@ def pack(mask: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor, like: Tensor) -> Tensor:
-    """The bool mask of `like`'s shape that `pack` stored."""
+    """The bool mask of `like`'s shape that `pack` stored; bools stay as they are."""
+    if packed.dtype == torch.bool:
+        return packed
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
     bits = (packed.unsqueeze(1).bitwise_right_shift(shifts) & 1).view(-1)[: like.numel()]
     return bits.bool().view(like.shape)
@@ -45,6 +46,6 @@ def unpack(packed: Tensor, like: Tensor) -> Tensor:
 
 def in_memory_order(packed: Tensor, param: Tensor) -> Tensor:
     """What kernels read: bit i belongs to the parameter's element i in memory."""
-    if param.is_contiguous():
+    if param.is_contiguous() and packed.dtype != torch.bool:
         return packed
     return pack(flat(torch.empty_like(param, dtype=torch.bool).copy_(unpack(packed, param))))

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import _backend, reference
 from ._masks import in_memory_order, unpack
 from ._rule import Hyper, Rule
-from ._shards import local
+from ._shards import cut_along, local
 
 if TYPE_CHECKING:
     from ._base import SparseOptimizer
@@ -130,8 +130,8 @@ class ReferenceBucket(Bucket):
     def _run(self, group: dict[str, Any], grads: list[Tensor], h: Hyper, factor: Any) -> None:
         reg = group["reg"]
         for param, grad, state in zip(self.params, grads, self.states):
-            mask = unpack(state["mask"], param) if "mask" in state else None
             parts = {slot: local(value) for slot, value in state.items()}
+            mask = unpack(parts["mask"], param) if "mask" in parts else None
             reference.step_(self.rule, reg, h, param, grad, parts, mask, factor)
         count = group["count_nonzeros"]
         self.counted = [(p, *reference.count_nonzeros(p, reg)) for p in self.params] if count else None
@@ -158,7 +158,7 @@ class FusedBucket(Bucket):
         self.slots = slots_of(rule, params[0])
         flat_state = [local(state[slot]) for state in states for slot in self.slots]
         none = torch.empty(0, dtype=torch.uint8, device=params[0].device)
-        masks = [in_memory_order(s["mask"], p) if "mask" in s else none for s, p in zip(states, params)]
+        masks = [in_memory_order(local(s["mask"]), p) if "mask" in s else none for s, p in zip(states, params)]
         self.plan = kernels.plan(
             params,
             flat_state,
@@ -252,16 +252,25 @@ class GroupPlan:
         split: dict[tuple[Any, ...], list[int]] = {}
         for position, i in enumerate(active):
             state = optimizer._init_state(params[i], group, rule)
-            kernels, why = _backend.kernels_for(local(params[i]), group["fused"], rule, reg)
+            cut = bool(cut_along(params[i], reg))
+            kernels, why = (
+                (None, "shards cut its groups, whose norms need a sum over the ranks in mid-step")
+                if cut
+                else _backend.kernels_for(local(params[i]), group["fused"], rule, reg)
+            )
             if group["fused"] and kernels is None:
                 raise RuntimeError(f"fused=True, but {optimizer._describe(group, i)} cannot use kernels: {why}")
             live = group["capturable"] or state["step"].device.type != "cpu"
-            key = (params[i].device, params[i].dtype, *counter_values(rule, state), live, kernels)
+            key = (params[i].device, params[i].dtype, *counter_values(rule, state), live, cut, kernels)
             split.setdefault(key, []).append(position)
-        for (*_, live, kernels), positions in split.items():
+        for (*_, live, cut, kernels), positions in split.items():
             states = [optimizer.state[params[active[k]]] for k in positions]
             chosen = [local(params[active[k]]) for k in positions]
-            if kernels is None:
+            if cut:
+                from ._collective import CutBucket
+
+                self.buckets.append(CutBucket(rule, chosen, states, positions, [params[active[k]] for k in positions]))
+            elif kernels is None:
                 self.buckets.append(ReferenceBucket(rule, chosen, states, positions, live))
             else:
                 self.buckets.append(FusedBucket(kernels, reg, rule, chosen, states, positions, live))

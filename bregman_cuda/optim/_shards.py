@@ -5,10 +5,13 @@ Recognised by the attribute that holds the part: importing torch.distributed.ten
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from ._rule import Rule
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -31,20 +34,137 @@ def local_grads(params: Iterable[Any], grads: Iterable[Any]) -> list[Tensor]:
     return parts
 
 
-def why_groups_cross(param: Any, reg: Any) -> str:
-    """Empty, or why a parameter's groups are not whole on the ranks."""
+def sharded_as(param: Any, whole: Tensor) -> Any:
+    """A DTensor laid out as `param` from a tensor that every rank holds as a whole; nothing is sent."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = param.device_mesh
+    return DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False).redistribute(
+        placements=param.placements
+    )
+
+
+def cut_along(param: Any, reg: Any) -> tuple[int, ...]:
+    """The dims of the mesh whose ranks hold pieces of the same groups; none where every group is on one rank.
+
+    All ranks along them hold as many groups: a dim of the tensor either identifies groups or is summed over.
+    """
+    return _cut_along(param, reg) if is_sharded(param) else ()
+
+
+def _cut_along(param: Any, reg: Any) -> tuple[int, ...]:
+    if reg is None or reg.radial is None:
+        return ()
+    dims, mesh = reg.groups_of(param.shape), param.device_mesh
+    if mesh.get_coordinate() is None:
+        return ()  # this rank has no part in it
+    along = []
+    for number, placement in enumerate(param.placements):
+        dim = getattr(placement, "dim", None)  # of Shard and its relatives, which is_shard() does not all know
+        if dim is not None and dim % param.ndim not in dims and mesh.size(number) > 1:
+            along.append(number)
+    return tuple(along)
+
+
+def why_refused(param: Any, reg: Any, rule: Rule, capturable: bool) -> str:
+    """Empty, or why a sharded parameter cannot be stepped."""
     if not is_sharded(param):
         return ""
     if any(placement.is_partial() for placement in param.placements):
         return "its ranks hold summands (a Partial placement), not parts"
-    if reg is None or reg.radial is None:
-        return ""
-    dims = reg.groups_of(param.shape)
-    for placement in param.placements:
-        dim = getattr(placement, "dim", None)  # of Shard and its relatives, which is_shard() does not all know
-        if dim is not None and dim % param.ndim not in dims:
-            return (
-                f"it is sharded along dim {dim}, which cuts its groups (dims {dims} identify one); "
-                f'use groups along that dim, such as groups="out" for dim 0, or an elementwise regularizer'
-            )
+    if rule.metric and cut_along(param, reg):
+        return (
+            f"its shards cut its groups, and the prox of {rule.name} has a step size per element: such a group must "
+            "be on one rank; choose groups along the sharded dim, or an elementwise regularizer"
+        )
+    if capturable and cut_along(param, reg):
+        return "its shards cut its groups, whose sums over the ranks in mid-step cannot be captured: set capturable=False"
     return ""
+
+
+def initial_values(
+    rule: Rule, slots: Sequence[str], param: Any, group: dict[str, Any], dtype: torch.dtype
+) -> dict[str, Tensor | None]:
+    """What `rule` puts in new slots of this rank's part, in the state's dtype; None for zeros.
+
+    Where shards cut groups, the dual depends on norms of whole groups: the tensor is gathered for it, once.
+    """
+    if not slots:
+        return {}
+    part = local(param.detach()).to(dtype)
+    if not any(slot != "master" for slot in slots) or not cut_along(param, group["reg"]):
+        return {slot: part if slot == "master" else rule.init_slot(slot, part, group) for slot in slots}
+    whole = param.detach().full_tensor().to(dtype)
+    values: dict[str, Tensor | None] = {}
+    for slot in slots:
+        value = part if slot == "master" else rule.init_slot(slot, whole, group)
+        values[slot] = value if value is None or value is part else local(sharded_as(param, value))
+    return values
+
+
+def mask_as(param: Any, mask: Any) -> Any:
+    """A copy of a bool mask, sharded as its parameter and on its device.
+
+    Raises:
+        ValueError: the mask is a DTensor and sharded otherwise.
+    """
+    if not is_sharded(mask):
+        mask = mask.to(param.device, copy=True)
+        return sharded_as(param, mask) if is_sharded(param) else mask
+    layout = (mask.device_mesh, mask.placements)
+    if not is_sharded(param) or layout != (param.device_mesh, param.placements):
+        raise ValueError(
+            f"set_mask: the mask is sharded as {mask.placements}, the parameter as "
+            f"{getattr(param, 'placements', 'a whole')}; pass a mask sharded alike, or the whole one on every rank"
+        )
+    return mask.clone()
+
+
+def on_all_ranks(flags: Sequence[bool], params: Iterable[Any]) -> list[bool]:
+    """Which flags are set on every rank that has a part in the parameters. (`bool` of a DTensor reads this rank's.)"""
+    from torch import distributed as dist
+
+    sharded = [p for p in params if is_sharded(p)]
+    if not sharded or not flags:
+        return list(flags)
+    lowest = torch.tensor(flags, dtype=torch.float32, device=local(sharded[0]).device)
+    for process_group in dict.fromkeys(group for p in sharded for group in p.device_mesh.get_all_groups()):
+        dist.all_reduce(lowest, dist.ReduceOp.MIN, group=process_group)
+    return [bool(flag) for flag in lowest.tolist()]
+
+
+def found_inf_anywhere(found_inf: bool, params: Iterable[Any]) -> bool:
+    """GradScaler's verdict for all ranks: torch asks only those that share the first gradient, and others may have
+    overflowed; without this some would step alone."""
+    sharded = [p for p in params if is_sharded(p)]
+    if len({(p.device_mesh, *(placement.is_replicate() for placement in p.placements)) for p in sharded}) == 1:
+        return found_inf
+    return not on_all_ranks([not found_inf], sharded)[0]
+
+
+# Inside torch.compile a DTensor has no attributes of its own, and answers to its type.
+
+
+def traced_cut(param: Any, reg: Any) -> bool:
+    """Whether shards cut the groups of a parameter."""
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(param, DTensor) and bool(_cut_along(param, reg))
+
+
+def traced_parts(params: list[Any], grads: list[Any], states: list[dict[str, Any]]) -> tuple[Any, Any, Any]:
+    """This rank's parts of parameters, gradients and states."""
+    from torch.distributed.tensor import DTensor
+
+    def part(t: Any) -> Any:
+        return t.to_local() if isinstance(t, DTensor) else t
+
+    alike = [
+        g.redistribute(placements=p.placements) if isinstance(p, DTensor) and g.placements != p.placements else g
+        for p, g in zip(params, grads)
+    ]
+    return (
+        [part(p) for p in params],
+        [part(g) for g in alike],
+        [{key: part(value) for key, value in state.items()} for state in states],
+    )

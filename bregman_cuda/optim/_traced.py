@@ -15,6 +15,7 @@ from .. import _backend
 from ._masks import in_memory_order
 from ._plan import group_bits, group_weight, in_one_tensor, slots_of
 from ._rule import Rule
+from ._shards import traced_cut, traced_parts
 
 if TYPE_CHECKING:
     from ._base import SparseOptimizer
@@ -72,12 +73,10 @@ def traced_step(optimizer: SparseOptimizer) -> None:
 
     Raises:
         RuntimeError: fused=False, which has nothing to gain; check_finite, or a GradScaler, whose decisions from the
-            values of gradients cannot be compiled in; sharded parameters.
+            values of gradients cannot be compiled in; groups that shards cut.
     """
     if getattr(optimizer, "found_inf", None) is not None or getattr(optimizer, "grad_scale", None) is not None:
         raise RuntimeError("a compiled step cannot skip on overflow: call scaler.step(optimizer) outside torch.compile")
-    if optimizer._sharded:
-        raise RuntimeError("a compiled step does not take sharded parameters (DTensor): step outside torch.compile")
     for group in optimizer.param_groups:
         if group["fused"] is False:
             raise RuntimeError("a compiled step runs kernels: leave fused at None, or step outside torch.compile")
@@ -92,6 +91,11 @@ def traced_step(optimizer: SparseOptimizer) -> None:
         for param in group["params"]:
             if param.grad is None:
                 continue
+            if optimizer._sharded and traced_cut(param, group["reg"]):
+                raise RuntimeError(
+                    "a compiled step does not sum over ranks, and shards cut the groups of a parameter: "
+                    "step outside torch.compile"
+                )
             state = optimizer.state[param]
             for bucket in buckets:
                 first, known = bucket[0]
@@ -101,12 +105,17 @@ def traced_step(optimizer: SparseOptimizer) -> None:
             else:
                 buckets.append([(param, state)])
         for bucket in buckets:
-            _step(group, rule, [param for param, _ in bucket], [state for _, state in bucket])
+            params, grads = [param for param, _ in bucket], [param.grad for param, _ in bucket]
+            states = [state for _, state in bucket]
+            if optimizer._sharded:
+                params, grads, states = traced_parts(params, grads, states)
+            _step(group, rule, params, grads, states)
 
 
-def _step(group: dict[str, Any], rule: Rule, params: list[Tensor], states: list[dict[str, Any]]) -> None:
+def _step(
+    group: dict[str, Any], rule: Rule, params: list[Tensor], grads: list[Any], states: list[dict[str, Any]]
+) -> None:
     reg = group["reg"]
-    grads: Any = [p.grad for p in params]
     step, counters = states[0]["step"], [states[0][name] for name in rule.counters]
     step += 1
     grown = zip(counters, rule.increments(group, step.double()))

@@ -89,12 +89,7 @@ class Regularizer:
 
     def group_norms(self, x: Tensor) -> Tensor:
         """Euclidean norm of every group, with the reduced dimensions kept at size 1. Sums run in float64."""
-        dims = self.groups_of(x.shape)
-        if dims is None:
-            return x.abs()
-        reduced = [d for d in range(x.ndim) if d not in dims]
-        squares = x.double().square()
-        return (squares.sum(reduced, keepdim=True) if reduced else squares).sqrt().to(x.dtype)
+        return x.abs() if self.groups_of(x.shape) is None else self._group_squares(x).sqrt().to(x.dtype)
 
     def value(self, x: Tensor) -> Tensor:
         """J(x), a 0-dim tensor; differentiable where J is."""
@@ -122,8 +117,7 @@ class Regularizer:
         per_element = torch.is_tensor(step) and step.shape == x.shape
         if per_element and (why := self.why_not_weighted()):
             raise ValueError(f"prox: with a step size for each element, {why}")
-        if self.elementwise is not None:
-            x = self.elementwise._scalar_prox(x, scale)
+        x = self._prox_of_elements(x, scale)
         if self.radial is not None and per_element:
             dims = self.groups_of(x.shape) or ()
             reduced = [d for d in range(x.ndim) if d not in dims]
@@ -132,7 +126,7 @@ class Regularizer:
             weight = self.group_weight(x.shape) if x.numel() else 1.0
             return weighted_group_prox(x, scale, level * weight, slope * weight, reduced)
         if self.radial is not None and x.numel():
-            x = x * self._radial_factor(self.group_norms(x), scale * self.group_weight(x.shape))
+            x = self._prox_of_groups(x, self.group_norms(x), scale * self.group_weight(x.shape))
         return x
 
     def why_not_weighted(self) -> str:
@@ -202,6 +196,21 @@ class Regularizer:
         if name not in known:
             raise ValueError(f"unknown regularizer {name!r}; known: {', '.join(sorted(known))}")
         return known[name](**values)
+
+    # The halves of the prox. Where a group lies on several ranks, its squares are summed over them in between.
+
+    def _prox_of_elements(self, x: Tensor, scale: Tensor) -> Tensor:
+        return x if self.elementwise is None else self.elementwise._scalar_prox(x, scale)
+
+    def _group_squares(self, x: Tensor) -> Tensor:
+        dims = self.groups_of(x.shape)
+        assert dims is not None
+        reduced = [d for d in range(x.ndim) if d not in dims]
+        squares = x.double().square()
+        return squares.sum(reduced, keepdim=True) if reduced else squares
+
+    def _prox_of_groups(self, x: Tensor, norms: Tensor, scale: Tensor) -> Tensor:
+        return x * self._radial_factor(norms, scale)
 
     def _smooth_norms(self, x: Tensor) -> Tensor:
         # vector_norm has a zero subgradient at a zero group, where sqrt(sum) would give NaN.

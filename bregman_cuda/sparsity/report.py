@@ -200,7 +200,8 @@ def _read(counts: Sequence[Tensor]) -> dict[int, int]:
 def group_any(mask: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Whether any element of each group of a bool tensor is set: a tensor over `dims`, the dims that identify one."""
     rest = [dim for dim in range(mask.dim()) if dim not in dims]
-    return mask.any(dim=rest) if rest else mask
+    # Not any(): torch sums what the ranks found when a shard boundary cuts a group of a DTensor.
+    return mask.sum(dim=rest) > 0 if rest else mask
 
 
 def share(part: int, whole: int) -> float:

@@ -1,0 +1,405 @@
+"""What one rank of test_shards.py does, and the same problems for a single process without shards."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import registry
+import torch
+from test_ecosystem import batches, network
+from torch import Tensor, nn
+
+import bregman_cuda
+from bregman_cuda import L1, AdaBreg, GroupLasso, LinBreg, ProxSGD, SparseGroupLasso
+from bregman_cuda.optim.linbreg import LinBregRule
+
+# Networks under FSDP2: an optimizer, its regularizer, and whether the first layer is masked.
+CASES: dict[str, tuple[Callable[[Any], Any], Callable[[], Any], bool]] = {
+    "linbreg-l1": (lambda p: LinBreg(p, lr=0.1, momentum=0.9, count_nonzeros=True), lambda: L1(0.1), True),
+    "adabreg-out": (lambda p: AdaBreg(p, lr=1e-2), lambda: SparseGroupLasso(0.05, 0.5, "out"), False),
+    "adabreg-in": (lambda p: AdaBreg(p, lr=1e-2), lambda: SparseGroupLasso(0.05, 0.5, "in"), True),
+    "proxsgd-out": (lambda p: ProxSGD(p, lr=0.1, momentum=0.9), lambda: GroupLasso(0.1), False),
+    "proxsgd-all": (lambda p: ProxSGD(p, lr=0.1, momentum=0.5), lambda: GroupLasso(0.1, (), "none"), False),
+    "reference": (lambda p: AdaBreg(p, lr=1e-2, fused=False), lambda: GroupLasso(0.05, "out"), False),
+}
+MASK = torch.arange(17 * 6).view(17, 6) % 3 > 0
+
+# Lists of tensors: the edges of dim 0 and dim 1 on 2 and 4 ranks, with uneven and empty parts.
+SHAPES = [(17, 8), (3, 5), (1, 7), (5, 4, 3)]
+COLLECTIVES = {"rows": 1, "columns": 1, "copies": 0, "whole groups": 0, "2d": 2, "2d rows": 2, "hsdp": 1, "strided": 2}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def optimizer_for(name: str, model: nn.Module, masked: bool = True) -> Any:
+    make, reg, has_mask = CASES[name]
+    optimizer = make(bregman_cuda.param_groups(model, weights=reg()))
+    if has_mask and masked:
+        optimizer.set_mask(model[0].weight, MASK)
+    return optimizer
+
+
+def train(model: nn.Module, optimizer: Any, part: slice, begin: int = 0, end: int = 6) -> None:
+    for x, y in batches()[begin:end]:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x[part]), y[part]).backward()
+        optimizer.step()
+
+
+def single(name: str, end: int = 6) -> tuple[nn.Module, Any]:
+    model = network()
+    optimizer = optimizer_for(name, model)
+    train(model, optimizer, slice(None), 0, end)
+    return model, optimizer
+
+
+def outcome(model: nn.Module, optimizer: Any) -> dict[str, Any]:
+    names = {p: name for name, p in model.named_parameters()}
+    return {
+        "params": [whole(p.detach()) for p in model.parameters()],
+        "state": {
+            f"{names[p]}.{key}": whole(t) for p, s in optimizer.state.items() for key, t in s.items() if key != "mask"
+        },
+        "masks": [None if (mask := optimizer.get_mask(p)) is None else whole(mask) for p in model.parameters()],
+        "density": [(r.name, r.nonzeros, r.nonzero_groups, r.groups) for r in optimizer.density().rows],
+    }
+
+
+def metric(rule: str) -> bool:
+    """Whether a rule's prox has a step size per element, so that cut groups are refused."""
+    optimizer = registry.RULES[rule].make([nn.Parameter(torch.ones(1))], None)
+    return bool(getattr(optimizer._rule(optimizer.param_groups[0]), "metric", False))
+
+
+def tensors(rule: str, layout: str, dtype: torch.dtype, place: Callable[[Tensor], Tensor] | None) -> dict[str, Any]:
+    """Three steps of a rule with every regularizer, each in a group of its own; `place` shards a tensor."""
+    generator = torch.Generator().manual_seed(0)
+    cases = dict(registry.REGULARIZERS)
+    if metric(rule):
+        cases = {name: case for name, case in cases.items() if getattr(case(), "radial", None) is None}
+    if layout == "whole groups":
+        cases = {name: cases[name] for name in ("l1", "none", "group_out") if name in cases}
+    groups: list[dict[str, Any]] = []
+    for case in cases.values():
+        values = [registry.values(s, dtype, generator, 0.5) for s in SHAPES if len(s) >= case.min_ndim]
+        groups.append({"params": [nn.Parameter(v if place is None else place(v)) for v in values], "reg": case(0.2)})
+    optimizer = registry.RULES[rule].make(groups, None, count_nonzeros=True)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, p in enumerate(params[::3]):
+        mask = torch.rand(p.shape, generator=generator) < 0.7
+        optimizer.set_mask(p, mask if place is None or number % 2 else place(mask))
+    total = 0
+    for _ in range(3):
+        for p in params:
+            grad = registry.values(tuple(p.shape), dtype, generator, 0.1)
+            p.grad = grad if place is None else place(grad)
+        with contextlib.nullcontext() if place is None else collectives() as seen:
+            optimizer.step()
+        total = 0 if seen is None else seen.get_total_counts()
+    return {
+        "collectives": total,
+        "params": [whole(p.detach()) for p in params],
+        "state": [
+            {key: whole(t) for key, t in optimizer.state[p].items() if key != "mask"} for p in params
+        ],
+        "counts": [(r.name, r.nonzeros, r.nonzero_groups, r.groups) for r in optimizer.density().rows],
+    }  # fmt: skip
+
+
+def collectives() -> Any:
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    return CommDebugMode()
+
+
+def scaled(model: nn.Module, part: slice, first: bool) -> dict[str, Any]:
+    """GradScaler and clipping; two gradients overflow, on the first rank only."""
+    optimizer = AdaBreg(bregman_cuda.param_groups(model, weights=GroupLasso(0.05, "in")), lr=1e-2, check_finite=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+    log = []
+    for number, (x, y) in enumerate(batches()):
+        optimizer.zero_grad()
+        scaler.scale(nn.functional.cross_entropy(model(x[part]), y[part])).backward()
+        held = getattr(model[2].weight.grad, "_local_tensor", model[2].weight.grad)
+        if number in (2, 3) and first:
+            held.view(-1)[0] = torch.inf
+        if number % 2:
+            scaler.unscale_(optimizer)
+            log.append(float(whole(nn.utils.clip_grad_norm_(model.parameters(), 0.1, foreach=True))))
+        scaler.step(optimizer)
+        scaler.update()
+        log.append(scaler.get_scale())
+    return {"log": log, "steps": int(optimizer.state[model[0].weight]["step"]), **outcome(model, optimizer)}
+
+
+def layouts(world: int) -> dict[str, tuple[Any, list[Any]]]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    line = init_device_mesh("cpu", (world,))
+    found = {
+        "rows": (line, [Shard(0)]),
+        "columns": (line, [Shard(1)]),
+        "copies": (line, [Replicate()]),
+        "whole groups": (line, [Shard(0)]),
+    }
+    if world == 4:
+        grid = init_device_mesh("cpu", (2, 2))
+        found |= {
+            "2d": (grid, [Shard(1), Shard(0)]),
+            "2d rows": (grid, [Shard(0), Shard(0)]),
+            "hsdp": (grid, [Replicate(), Shard(0)]),
+            "strided": (grid, [_StridedShard(0, split_factor=2), Shard(0)]),  # FSDP2 on top of ColwiseParallel
+        }
+    return found
+
+
+def tensor_cases(world: int) -> list[tuple[str, str, torch.dtype]]:
+    """Every rule on the rows of two ranks; every layout, number of ranks and dtype with some."""
+    kinds = [*COLLECTIVES][: 4 if world == 2 else None]
+    cases = [(rule, "rows", torch.float32) for rule in (registry.RULES if world == 2 else ("linbreg", "proxsgd"))]
+    cases += [("adabreg", kind, torch.float32) for kind in kinds[1:]]
+    return [*cases, ("proxsgd", kinds[-1], torch.float32), *(("proxsgd", "rows", d) for d in registry.DTYPES[1:])]
+
+
+def join(rank: int, world: int, port: int) -> None:
+    """Ranks that wait for each other in vain end soon, with an error."""
+    import torch.distributed as dist
+
+    address, patience = f"tcp://127.0.0.1:{port}", datetime.timedelta(seconds=90)
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world, timeout=patience)
+    torch.set_num_threads(1)
+
+
+def worker(rank: int, world: int, port: int, folder: str) -> None:
+    """One rank of all cases."""
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    join(rank, world, port)
+    places = layouts(world)
+    mesh = places["rows"][0]
+    size = len(batches()[0][0]) // world
+    part = slice(rank * size, (rank + 1) * size)
+    results: dict[Any, Any] = {}
+
+    for case in tensor_cases(world):
+        on, placements = places[case[1]]
+
+        def place(t: Tensor, on: Any = on, placements: Any = placements) -> Any:
+            copies = DTensor.from_local(t.clone(), on, [Replicate()] * on.ndim)
+            return copies.redistribute(placements=placements)
+
+        results[case] = tensors(*case, place)
+
+    for name in CASES:
+        model = fsdp(mesh)
+        optimizer = optimizer_for(name, model)
+        train(model, optimizer, part, 0, 3)
+        weights, state = get_state_dict(model, optimizer)
+        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=f"{folder}/{name}")
+        train(model, optimizer, part, 3)
+        results[name] = {**outcome(model, optimizer), "handed on": handed_on(name, mesh, model, optimizer, part)}
+    results["scaled"] = scaled(fsdp(mesh), part, rank == 0)
+
+    for name, reg in {"l1": L1(0.05), "in": GroupLasso(0.05, "in"), "out": GroupLasso(0.05, "out")}.items():
+        model = parallelize_module(network(16), mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        optimizer = AdaBreg(bregman_cuda.param_groups(model, weights=reg), lr=1e-2)
+        train(model, optimizer, slice(None))
+        results["tensor parallel", name] = [whole(p.detach()) for p in model.parameters()]
+
+    results["refused"] = refusals(rank, mesh)
+    results["agreed"] = agreed(rank, mesh)
+    if world == 2:
+        results["compiled"] = {name: compiled(reg, mesh) for name, reg in COMPILED.items()}
+    if rank == 0:
+        torch.save(results, f"{folder}/results.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def fsdp(mesh: Any) -> Any:
+    from torch.distributed.fsdp import fully_shard
+
+    model = network()
+    for layer in (model[0], model[2], model):
+        fully_shard(layer, mesh=mesh)
+    return model
+
+
+def handed_on(name: str, mesh: Any, model: Any, optimizer: Any, part: slice) -> list[bool]:
+    """Whether state dicts in three forms, given to a fresh optimizer, bring the state and the next step along."""
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    sharded, full = StateDictOptions(), StateDictOptions(full_state_dict=True)
+    sent = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    same = []
+    for taken, given in ((sharded, sharded), (full, full), (full, sent)):
+        fresh = fsdp(mesh)
+        fresh.load_state_dict(model.state_dict())
+        other = optimizer_for(name, fresh, masked=False)
+        if CASES[name][2]:
+            get_optimizer_state_dict(fresh, other)  # makes the state, so that the mask is not all there is
+            other.set_mask(fresh[0].weight, torch.ones(17, 6, dtype=torch.bool))
+        saved = get_optimizer_state_dict(model, optimizer, options=taken)
+        set_optimizer_state_dict(fresh, other, saved, options=given)
+        old, new = outcome(model, optimizer), outcome(fresh, other)
+        alike = [torch.equal(old["state"][key], new["state"][key]) for key in old["state"]]
+        alike += [a is b or torch.equal(a, b) for a, b in zip(old["masks"], new["masks"])]
+        same.append(all(alike) and old["state"].keys() == new["state"].keys())
+    return same
+
+
+def refusals(rank: int, mesh: Any) -> dict[str, str]:
+    """What is refused, and by what sentence, on every rank alike."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    class MetricRule(LinBregRule):
+        metric = True
+
+    class Metric(LinBreg):
+        def _rule(self, group: dict[str, Any]) -> Any:
+            return MetricRule()
+
+    def sharded(shape: tuple[int, ...], placement: Any = Shard(0)) -> Any:
+        return nn.Parameter(distribute_tensor(torch.ones(shape), mesh, [placement]))
+
+    def stepped(optimizer: Any, missing: bool = False) -> None:
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad = None if missing else torch.ones_like(p)
+        optimizer.step()
+
+    cut, plain = sharded((6, 4)), nn.Parameter(torch.ones(6, 4))
+    some = LinBreg([sharded((6, 4))], reg=GroupLasso(0.1, "in"))
+    stepped(some)
+    stepped(some, missing=True)  # nowhere a gradient: nothing happens
+    uses: dict[str, Callable[[], Any]] = {
+        "metric": lambda: Metric([cut], reg=GroupLasso(0.1, "in")),
+        "partial": lambda: LinBreg([nn.Parameter(DTensor.from_local(torch.ones(2, 2), mesh, [Partial()]))]),
+        "fused": lambda: stepped(LinBreg([cut], reg=GroupLasso(0.1, "in"), fused=True)),
+        "mask": lambda: LinBreg([cut]).set_mask(cut, distribute_tensor(torch.ones(6, 4) > 0, mesh, [Replicate()])),
+        "mask of a plain one": lambda: LinBreg([plain]).set_mask(plain, distribute_tensor(MASK[:6, :4], mesh)),
+        "some gradients": lambda: stepped(some, missing=rank == 1),
+    }
+    found = {}
+    for name, use in uses.items():
+        with pytest.raises((NotImplementedError, RuntimeError, ValueError)) as refused:
+            use()
+        found[name] = f"{refused.type.__name__}: {refused.value}"
+    Metric([cut], reg=GroupLasso(0.1, "out"))
+    return found
+
+
+def agreed(rank: int, mesh: Any) -> int:
+    """How many ranks skip a step in which one has an overflow; torch asks only those that share the first gradient."""
+    import torch.distributed as dist
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    first, second = (nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [p])) for p in (Replicate(), Shard(0)))
+    optimizer, scaler = LinBreg([first, second], reg=GroupLasso(0.1, "in")), torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(1))
+    first.grad, second.grad = torch.zeros_like(first), torch.zeros_like(second)
+    if rank == 1:
+        second.grad._local_tensor[0, 0] = torch.inf
+    scaler.step(optimizer)
+    skipped = torch.tensor(float(not optimizer.state))
+    dist.all_reduce(skipped)
+    with pytest.raises(FloatingPointError, match="parameter 1 of shape"):
+        LinBreg([first, second], reg=GroupLasso(0.1, "in"), check_finite=True).step()
+    warm_up = LinBreg([first, second], lr=0.0, reg=GroupLasso(0.1, "in"))  # not the step that DCP makes
+    second.grad.nan_to_num_(posinf=1.0)
+    warm_up.step()
+    assert warm_up.state[second]["step"] == 1, rank
+    return int(skipped)
+
+
+COMPILED = {"l1": L1(0.05), "out": GroupLasso(0.05, "out"), "in": GroupLasso(0.05, "in")}
+
+
+def compiled(reg: Any, mesh: Any | None) -> list[Tensor]:
+    """Steps of torch.compile, with a gradient that is laid out otherwise; without a mesh, plain ones of whole tensors.
+
+    Cut groups are not compiled: fullgraph=True refuses them, and without it the step runs as ever.
+    """
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.randn(s, generator=generator) for s in ((17, 5), (1, 4))]
+    params = [nn.Parameter(p if mesh is None else distribute_tensor(p, mesh, [Shard(0)])) for p in params]
+    optimizer = AdaBreg(params, lr=0.1, reg=reg)
+    optimizer.set_mask(params[0], torch.rand(17, 5, generator=generator) < 0.5)
+    fullgraph = reg is not COMPILED["in"]
+    torch._dynamo.reset()
+    step = optimizer.step if mesh is None else torch.compile(optimizer.step, backend="aot_eager", fullgraph=fullgraph)
+    for number in range(3):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator)
+            if mesh is not None:
+                p.grad = distribute_tensor(p.grad, mesh, [Replicate() if number == 1 else Shard(0)])
+        if mesh is not None and not fullgraph and number == 0:
+            with pytest.raises(Exception, match="shards cut the groups"):
+                torch.compile(optimizer.step, backend="aot_eager", fullgraph=True)()
+            torch._dynamo.reset()
+        step()
+    optimizer.step()
+    return [whole(p.detach()) for p in params]
+
+
+def resumer(rank: int, world: int, port: int, folder: str, *sources: str) -> None:
+    """Loads what other numbers of ranks saved after three steps, and continues."""
+    import torch.distributed as dist
+
+    join(rank, world, port)
+    mesh = layouts(world)["rows"][0]
+    size = len(batches()[0][0]) // world
+    results = {}
+    for number, source in enumerate(sources):
+        for name in CASES:
+            model = fsdp(mesh)
+            results[number, name] = resume(name, model, f"{source}/{name}", slice(rank * size, (rank + 1) * size))
+    if rank == 0:
+        torch.save(results, f"{folder}/resumed.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def resume(name: str, model: Any, checkpoint: str, part: slice, **options: Any) -> dict[str, Any]:
+    """A run that continues from a checkpoint."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    optimizer = optimizer_for(name, model, masked=False)
+    lost = ""
+    weights, state = get_state_dict(model, optimizer)
+    if CASES[name][2]:
+        dcp.load({"model": weights, "optimizer": state}, checkpoint_id=checkpoint, **options)
+        try:
+            set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+        except ValueError as error:
+            lost = str(error)
+        optimizer.set_mask(model[0].weight, torch.ones(17, 6, dtype=torch.bool))
+        weights, state = get_state_dict(model, optimizer)
+    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=checkpoint, **options)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+    train(model, optimizer, part, 3)
+    return {"lost": lost, **outcome(model, optimizer)}
+
+
+if __name__ == "__main__":
+    role, *numbers = sys.argv[1:5]  # rank, world, port; then folders
+    {"worker": worker, "resumer": resumer}[role](*map(int, numbers), *sys.argv[5:])
