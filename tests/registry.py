@@ -77,9 +77,7 @@ RULES = {
     "rmda": RuleCase(RMDA, {"lr": 0.25, "momentum": 1.0}, "rmda", dual=False),
     "rmda_averaged": RuleCase(RMDA, {"lr": 0.25, "momentum": 0.25}, "rmda", dual=False, dense=True),
     "ramda": RuleCase(RAMDA, {"lr": 0.1, "momentum": 1.0}, "ramda", dual=False, metric=True),
-    "ramda_averaged": RuleCase(
-        RAMDA, {"lr": 0.1, "momentum": 0.25}, "ramda", dual=False, metric=True, dense=True
-    ),
+    "ramda_averaged": RuleCase(RAMDA, {"lr": 0.1, "momentum": 0.25}, "ramda", dual=False, metric=True, dense=True),
     "splitlbi": RuleCase(SplitLBI, {"lr": 0.25, "kappa": 1.5, "mu": 2.0}, "splitlbi", dual=False, dense=True),
     "splitlbi_nesterov": RuleCase(
         SplitLBI,
@@ -89,7 +87,11 @@ RULES = {
         dense=True,
     ),
     "splitlbi_inside": RuleCase(
-        SplitLBI, {"lr": 0.25, "mu": 2.0, "momentum": 0.5, "coupling": "inside"}, "splitlbi_momentum", dual=False, dense=True
+        SplitLBI,
+        {"lr": 0.25, "mu": 2.0, "momentum": 0.5, "coupling": "inside"},
+        "splitlbi_momentum",
+        dual=False,
+        dense=True,
     ),
 }
 
@@ -168,7 +170,9 @@ CONVEX = {name: case for name, case in PENALTIES.items() if getattr(case(), "con
 def takes(rule: str, reg: str) -> bool:
     """Whether the rule serves the regularizer: a dual asks for a convex one, a metric for a prox that is known there."""
     case = RULES[rule]
-    return reg == "none" or not ((case.dual and reg not in CONVEX) or (case.metric and PENALTIES[reg]().why_not_weighted()))
+    return reg == "none" or not (
+        (case.dual and reg not in CONVEX) or (case.metric and PENALTIES[reg]().why_not_weighted())
+    )
 
 
 PAIRS = [(rule, reg) for rule in RULES for reg in REGULARIZERS if takes(rule, reg)]

@@ -169,6 +169,8 @@ def test_opcheck(dtype, masked):
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     state = [torch.randn(p.shape, dtype=wide) for p in params]
     masks = [torch.randint(0, 255, (8,), dtype=torch.uint8) if masked else torch.empty(0, dtype=torch.uint8)] * 2
-    scalars = torch.tensor([0.0, 1.0, 0.1, 1.0, 0.05, 0.0, 0.0, 0.0], dtype=torch.float64)  # skip, factor, lr, delta, lam
+    scalars = torch.tensor(
+        [0.0, 1.0, 0.1, 1.0, 0.05, 0.0, 0.0, 0.0], dtype=torch.float64
+    )  # skip, factor, lr, delta, lam
     args = (params, [torch.randn_like(p) for p in params], state, masks, [-1, -1], [1.0, 1.0], "linbreg", "l1", "none")
     torch.library.opcheck(fused_step_, (*args, scalars))

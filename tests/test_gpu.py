@@ -103,7 +103,10 @@ def test_a_captured_step_replays(rule, fused):
     for captured in (True, False):
         torch.manual_seed(0)
         lr, lam = torch.tensor(0.25, device="cuda"), torch.tensor(0.1, device="cuda")
-        params = [torch.nn.Parameter(torch.randn(33, 7, device="cuda")), torch.nn.Parameter(torch.randn(5, device="cuda"))]
+        params = [
+            torch.nn.Parameter(torch.randn(33, 7, device="cuda")),
+            torch.nn.Parameter(torch.randn(5, device="cuda")),
+        ]
         for p in params:
             p.grad = torch.randn_like(p)
         options = {**registry.RULES[rule].options, "lr": lr}

@@ -227,6 +227,8 @@ def test_a_dual_asks_for_a_convex_regularizer(rule):
         with pytest.raises(ValueError, match=message):
             optimizer.step()
     assert bool((p == 1).all())
+
+
 # Adam with a prox
 
 CONVENTIONS = {
@@ -265,9 +267,7 @@ def test_proxadam_without_a_regularizer_is_torchs_amsgrad(driver, style, twin, d
     """With eps = 0 the conventions differ in the threshold alone, and "proxssi" decays after the gradient step."""
     p0, grads = start(4)
     p, q = (torch.nn.Parameter(torch.tensor(p0)) for _ in range(2))
-    ours = ProxAdam(
-        [p], lr=0.1, eps=0.0, weight_decay=decay, amsgrad=True, bias_correction=style, fused=driver.fused
-    )
+    ours = ProxAdam([p], lr=0.1, eps=0.0, weight_decay=decay, amsgrad=True, bias_correction=style, fused=driver.fused)
     theirs = twin([q], lr=0.1, eps=0.0, weight_decay=decay, amsgrad=True)
     for k, g in enumerate(grads):
         p.grad, q.grad = torch.tensor(g) / (k + 1), torch.tensor(g) / (k + 1)  # smaller: the largest v stays

@@ -16,7 +16,13 @@ from ._rule import Rule
 if TYPE_CHECKING:
     from ._base import SparseOptimizer
 
-FLAGS = {"maximize": False, "fused": None, "count_nonzeros": False, "check_finite": False, "capturable": False}  # may be missing
+FLAGS = {
+    "maximize": False,
+    "fused": None,
+    "count_nonzeros": False,
+    "check_finite": False,
+    "capturable": False,
+}  # may be missing
 # What torch's schedulers and SWA write into a group, and its Optimizer when it loads.
 _FOREIGN = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr", "differentiable"}
 

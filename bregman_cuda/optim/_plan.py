@@ -121,7 +121,10 @@ class ReferenceBucket(Bucket):
         wide = reference.state_dtype(self.params[0])
         h = {name: value.to(wide) if torch.is_tensor(value) else value for name, value in h.items()}
         factor = factor.to(wide) if torch.is_tensor(factor) else factor
-        changing = [*self.params, *(local(s[slot]) for s in self.states for slot in slots_of(self.rule, self.params[0]))]
+        changing = [
+            *self.params,
+            *(local(s[slot]) for s in self.states for slot in slots_of(self.rule, self.params[0])),
+        ]
         before = [tensor.detach().clone() for tensor in changing] if torch.is_tensor(skip) else []
         self._run(group, grads, h, factor)
         for tensor, old in zip(changing, before):

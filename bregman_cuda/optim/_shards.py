@@ -78,7 +78,9 @@ def why_refused(param: Any, reg: Any, rule: Rule, capturable: bool) -> str:
             "be on one rank; choose groups along the sharded dim, or an elementwise regularizer"
         )
     if capturable and cut_along(param, reg):
-        return "its shards cut its groups, whose sums over the ranks in mid-step cannot be captured: set capturable=False"
+        return (
+            "its shards cut its groups, whose sums over the ranks in mid-step cannot be captured: set capturable=False"
+        )
     return ""
 
 

@@ -126,7 +126,9 @@ class ProxAdam(SparseOptimizer):
         check_finite: bool = False,
         capturable: bool = False,
     ) -> None:
-        defaults = dict(lr=lr, reg=reg, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad)
+        defaults: dict[str, Any] = dict(
+            lr=lr, reg=reg, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad
+        )
         defaults["bias_correction"] = bias_correction
         super().__init__(params, defaults, maximize, fused, count_nonzeros, check_finite, capturable)
 

@@ -76,7 +76,9 @@ class ProxSGD(SparseOptimizer):
         check_finite: bool = False,
         capturable: bool = False,
     ) -> None:
-        super().__init__(params, dict(lr=lr, reg=reg, momentum=momentum), maximize, fused, count_nonzeros, check_finite, capturable)
+        super().__init__(
+            params, dict(lr=lr, reg=reg, momentum=momentum), maximize, fused, count_nonzeros, check_finite, capturable
+        )
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_momentum("ProxSGD", group["momentum"])

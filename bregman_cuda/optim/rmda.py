@@ -178,7 +178,9 @@ class RMDA(_DualAveraging):
         check_finite: bool = False,
         capturable: bool = False,
     ) -> None:
-        super().__init__(params, dict(lr=lr, reg=reg, momentum=momentum), maximize, fused, count_nonzeros, check_finite, capturable)
+        super().__init__(
+            params, dict(lr=lr, reg=reg, momentum=momentum), maximize, fused, count_nonzeros, check_finite, capturable
+        )
 
 
 class RAMDA(_DualAveraging):

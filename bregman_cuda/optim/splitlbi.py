@@ -23,7 +23,7 @@ class SplitLBIRule(Rule):
     """csrc/math/rules/splitlbi.h"""
 
     name = "splitlbi"
-    slots = ("dual",)
+    slots: tuple[str, ...] = ("dual",)
     reads_param = True
     late = True
 
@@ -130,7 +130,7 @@ class SplitLBI(SparseOptimizer):
         check_finite: bool = False,
         capturable: bool = False,
     ) -> None:
-        defaults = dict(lr=lr, reg=reg, kappa=kappa, mu=mu, momentum=momentum, nesterov=nesterov)
+        defaults: dict[str, Any] = dict(lr=lr, reg=reg, kappa=kappa, mu=mu, momentum=momentum, nesterov=nesterov)
         defaults |= dict(weight_decay=weight_decay, coupling=coupling, curvature=curvature)
         super().__init__(params, defaults, maximize, fused, count_nonzeros, check_finite, capturable)
         for group in self.param_groups:
