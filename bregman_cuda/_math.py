@@ -33,6 +33,6 @@ def cube_root(x: Tensor) -> Tensor:
 
 
 def clamp(x: Tensor, limit: Tensor) -> Tensor:
-    """x within [-limit, limit], by comparisons as in the kernels: NaN passes, and so does -0 where the limit is zero."""
+    """x within [-limit, limit], by comparisons as in the kernels: NaN passes, and -0 where the limit is zero."""
     below = torch.where(x > limit, limit, x)
     return torch.where(below < -limit, -limit, below)

@@ -72,9 +72,7 @@ RULES = {
     "rmda": RuleCase(RMDA, {"lr": 0.25, "momentum": 1.0}, "rmda", dual=False),
     "rmda_averaged": RuleCase(RMDA, {"lr": 0.25, "momentum": 0.25}, "rmda", dual=False, averages=True),
     "ramda": RuleCase(RAMDA, {"lr": 0.1, "momentum": 1.0}, "ramda", dual=False, metric=True),
-    "ramda_averaged": RuleCase(
-        RAMDA, {"lr": 0.1, "momentum": 0.25}, "ramda", dual=False, metric=True, averages=True
-    ),
+    "ramda_averaged": RuleCase(RAMDA, {"lr": 0.1, "momentum": 0.25}, "ramda", dual=False, metric=True, averages=True),
 }
 
 

@@ -34,7 +34,10 @@ def snapshot(optimizer) -> list:
     """Bits of every parameter and state tensor, and all options."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     state = {
-        (i, k): v.clone() for i, p in enumerate(params) for k, v in optimizer.state.get(p, {}).items() if k not in COUNTERS
+        (i, k): v.clone()
+        for i, p in enumerate(params)
+        for k, v in optimizer.state.get(p, {}).items()
+        if k not in COUNTERS
     }
     options = [{k: copy.deepcopy(v) for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     return [[p.detach().clone() for p in params], state, options]

@@ -52,7 +52,9 @@ def test_an_infinite_gradient_behaves_as_in_torch(driver, rule, sign):
         p, _ = step(rule, reg, torch.tensor([1.0, 1.0]), grad, driver.fused)
         twin = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
         twin.grad = grad.clone()
-        (torch.optim.Adam if rule == "adabreg" or registry.RULES[rule].metric else torch.optim.SGD)([twin], lr=0.1).step()
+        (torch.optim.Adam if rule == "adabreg" or registry.RULES[rule].metric else torch.optim.SGD)(
+            [twin], lr=0.1
+        ).step()
         assert same_bits(p[:1], twin.detach()[:1])
         assert math.isfinite(float(p[1]))
 

@@ -246,9 +246,7 @@ def test_proxadam_without_a_regularizer_is_torchs_amsgrad(driver, style, twin, d
     """With eps = 0 the conventions differ in the threshold alone, and "proxssi" decays after the gradient step."""
     p0, grads = start(4)
     p, q = (torch.nn.Parameter(torch.tensor(p0)) for _ in range(2))
-    ours = ProxAdam(
-        [p], lr=0.1, eps=0.0, weight_decay=decay, amsgrad=True, bias_correction=style, fused=driver.fused
-    )
+    ours = ProxAdam([p], lr=0.1, eps=0.0, weight_decay=decay, amsgrad=True, bias_correction=style, fused=driver.fused)
     theirs = twin([q], lr=0.1, eps=0.0, weight_decay=decay, amsgrad=True)
     for k, g in enumerate(grads):
         p.grad, q.grad = torch.tensor(g) / (k + 1), torch.tensor(g) / (k + 1)  # smaller: the largest v stays
@@ -271,7 +269,7 @@ def test_what_turns_a_zero_weight_on_in_proxadams_first_step(driver, style, fact
 
 @pytest.mark.parametrize("rule", ["rmda", "ramda", "rmda_averaged", "ramda_averaged"])
 def test_the_prox_point_solves_the_subproblem_that_defines_it(driver, rule):
-    """0 is in V + P (q - x0) + alpha lam d|q|, with P = sqrt(t) or U^(1/3) + eps; with momentum 1 the parameter is q."""
+    """0 is in V + P (q - x0) + alpha lam d|q|, P = sqrt(t) or U^(1/3) + eps; with momentum 1 the parameter is q."""
     p0, grads = start(6)
     p, optimizer = walk(rule, p0, grads, LRS, 0.3, driver.fused)
     weights = [lr * math.sqrt(t) for t, lr in enumerate(LRS, 1)]

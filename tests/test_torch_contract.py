@@ -116,7 +116,9 @@ class Case:
         if self.options["reg"] or paper or self.optimizer in (AveragedProxSGD, RMDA, RAMDA):
             return None
         options = {k: v for k, v in self.options.items() if k in ("lr", "momentum", "amsgrad", "maximize")}
-        return functools.partial(torch.optim.Adam if self.optimizer in (AdaBreg, ProxAdam) else torch.optim.SGD, **options)
+        return functools.partial(
+            torch.optim.Adam if self.optimizer in (AdaBreg, ProxAdam) else torch.optim.SGD, **options
+        )
 
 
 def for_every_case(*dtypes):

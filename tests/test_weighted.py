@@ -30,7 +30,7 @@ def prox(x: np.ndarray, s: np.ndarray, w: float, dtype: torch.dtype = torch.floa
 
 @pytest.mark.parametrize("spread", [1.0, 10.0, 1e3, 1e5, 1e8])
 def test_it_is_the_minimiser(spread):
-    """fp64: to rounding, which sums over a group and theta carry; KKT residuals are those of x / s, which w balances."""
+    """fp64: to rounding, which sums over a group carry; KKT residuals relative to x / s, which w balances."""
     rng = np.random.default_rng(int(math.log10(spread)))
     for _ in range(400):
         x, s, w = group(rng, spread)

@@ -62,7 +62,7 @@ class Setting:
             return {last_weight(model): None, "*": "out"}
         return {"group-in": "in", "group-kernel": "kernel"}.get(self.reg)
 
-    def schedule_for(self, optimizer: torch.optim.Optimizer) -> Callable[[float], None]:
+    def schedule_for(self, optimizer: torch.optim.Optimizer) -> Callable[[float], object]:
         """A function of the mean loss of an epoch that sets the next one's lr."""
         if self.schedule == "plateau":  # as in the authors' notebooks, on the training loss
             plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=5, threshold=0.01)

@@ -298,7 +298,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         return optimizer_report(self)
 
     def prox_point(self, param: Tensor) -> Tensor:
-        """The sparse value of a parameter, which `density` counts: itself, or the last prox point if it averages them."""
+        """The sparse value of a parameter, which `density` counts: itself, or the last prox point of an average."""
         return param.detach()
 
     def _buckets(self) -> Iterator[tuple[dict[str, Any], Bucket]]:

@@ -125,8 +125,8 @@ class ProxAdam(SparseOptimizer):
         count_nonzeros: bool = False,
         check_finite: bool = False,
     ) -> None:
-        defaults = dict(lr=lr, reg=reg, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad)
-        defaults["bias_correction"] = bias_correction
+        defaults: dict[str, Any] = dict(lr=lr, reg=reg, betas=betas, eps=eps, weight_decay=weight_decay)
+        defaults |= dict(amsgrad=amsgrad, bias_correction=bias_correction)
         super().__init__(params, defaults, maximize, fused, count_nonzeros, check_finite)
 
     def _check_group(self, group: dict[str, Any]) -> None:
