@@ -199,7 +199,7 @@ BAD = {  # name: (the optimizer that loads, what, what the error names)
     "no state": ("linbreg", ["linbreg", SHAPES, 2, ("state",)], "state"),
     "no lr": ("linbreg", ["linbreg", SHAPES, 2, (*GROUP, "lr")], "lr"),
     "no alpha": ("rmda", ["rmda", SHAPES, 2, (*STATE, "alpha")], "alpha"),
-    "negative alpha": ("ramda", ["ramda", SHAPES, 2, (*STATE, "alpha"), -1.0], "alpha must be.*-1"),
+    "negative alpha": ("rmda", ["rmda", SHAPES, 2, (*STATE, "alpha"), -1.0], "alpha must be.*-1"),
     "RAMDA's": ("rmda", ["ramda"], "eps"),
     "AMSGrad's": ("proxsgd", ["proxadam_amsgrad"], "amsgrad|betas"),
     "no step": ("linbreg", ["linbreg", SHAPES, 2, (*STATE, "step")], "step"),
