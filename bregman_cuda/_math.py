@@ -12,7 +12,7 @@ def square_root(x: Tensor) -> Tensor:
 
 
 def cube_root(x: Tensor) -> Tensor:
-    """The cube root of fp32 or fp64 numbers, within 0.97 ulp: `cube_root` of csrc/math/hd.h, operation by operation."""
+    """The cube root of fp32 or fp64 numbers, within 0.97 ulp: the twin of csrc/math/hd.h, operation by operation."""
     wide = x.dtype == torch.float64
     tiny, up, root_up = (2.0**-900, 2.0**300, 2.0**100) if wide else (2.0**-100, 2.0**48, 2.0**16)
     size = torch.where(x < 0, -x, x)
@@ -33,6 +33,6 @@ def cube_root(x: Tensor) -> Tensor:
 
 
 def clamp(x: Tensor, limit: Tensor) -> Tensor:
-    """x within [-limit, limit], by comparisons as in the kernels: NaN passes, and so does -0 where the limit is zero."""
+    """x within [-limit, limit], by comparisons as in the kernels: NaN passes, and -0 where the limit is zero."""
     below = torch.where(x > limit, limit, x)
     return torch.where(below < -limit, -limit, below)

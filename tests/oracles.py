@@ -204,7 +204,7 @@ def dual_averages(p0, grads, lrs, momentum, subproblem):
 
 
 def rmda(p0, grads, lrs, lam, momentum=1.0):
-    """argmin <V, q> + sqrt(t) ||q - x0||^2 / 2 + alpha lam |q|_1, that is sqrt(t) (q - x0) + V + alpha lam sign(q) = 0."""
+    """argmin <V, q> + sqrt(t) ||q - x0||^2 / 2 + alpha lam |q|_1: sqrt(t) (q - x0) + V + alpha lam sign(q) = 0."""
 
     def subproblem(t, v, u, alpha):
         return soft(math.sqrt(t) * p0 - v, alpha * lam) / math.sqrt(t)
@@ -213,7 +213,7 @@ def rmda(p0, grads, lrs, lam, momentum=1.0):
 
 
 def ramda(p0, grads, lrs, lam, momentum=1.0, eps=1e-6):
-    """argmin <V, q> + sum P (q - x0)^2 / 2 + alpha lam |q|_1, that is P (q - x0) + V + alpha lam sign(q) = 0."""
+    """argmin <V, q> + sum P (q - x0)^2 / 2 + alpha lam |q|_1: P (q - x0) + V + alpha lam sign(q) = 0."""
 
     def subproblem(t, v, u, alpha):
         metric = np.cbrt(u) + eps

@@ -9,7 +9,18 @@ import pytest
 import torch
 from small import assert_unchanged, model, set_grads, snapshot, train
 
-from bregman_cuda import L1, AdaBreg, GroupLasso, LinBreg, ProxSGD, _backend
+from bregman_cuda import (
+    L1,
+    RAMDA,
+    RMDA,
+    AdaBreg,
+    AveragedProxSGD,
+    GroupLasso,
+    LinBreg,
+    ProxAdam,
+    ProxSGD,
+    _backend,
+)
 from bregman_cuda.regularizers import Separable
 
 # Bad input
@@ -33,6 +44,19 @@ BAD_OPTIONS = [
     (AdaBreg, {"betas": (-0.1, 0.9)}, ValueError, r"betas\[0\] must be .*got -0.1"),
     (AdaBreg, {"betas": 0.9}, ValueError, r"betas must be a pair, got 0.9"),
     (AdaBreg, {"eps": -1e-8}, ValueError, r"eps must be .*got -1e-08"),
+    (ProxAdam, {"betas": (0.9, math.nan)}, ValueError, r"ProxAdam: betas\[1\] must be .*got nan"),
+    (ProxAdam, {"weight_decay": -0.1}, ValueError, r"ProxAdam: weight_decay must be .*got -0.1"),
+    (ProxAdam, {"amsgrad": 1}, TypeError, r"ProxAdam: amsgrad must be True or False, got 1"),
+    (ProxAdam, {"bias_correction": "adam"}, ValueError, r"must be one of 'consistent', 'proxgen', .*got 'adam'"),
+    (RMDA, {"momentum": 0.0}, ValueError, r"RMDA: momentum must be > 0, got 0.0"),
+    (RMDA, {"momentum": 1.5}, ValueError, r"RMDA: momentum must be .*between 0 and 1, got 1.5"),
+    (RMDA, {"lr": -0.1}, ValueError, r"RMDA: lr must be .*got -0.1"),
+    (RAMDA, {"momentum": math.nan}, ValueError, r"RAMDA: momentum must be .*got nan"),
+    (RAMDA, {"eps": -1.0}, ValueError, r"RAMDA: eps must be .*got -1.0"),
+    (AveragedProxSGD, {"rho": 0.0}, ValueError, r"AveragedProxSGD: rho must be > 0, got 0.0"),
+    (AveragedProxSGD, {"beta": 1.0}, ValueError, r"AveragedProxSGD: beta must be < 1, got 1.0"),
+    (AveragedProxSGD, {"powers": 0.5}, ValueError, r"AveragedProxSGD: powers must be a pair, got 0.5"),
+    (AveragedProxSGD, {"powers": (0.5, -1.0)}, ValueError, r"AveragedProxSGD: powers\[1\] must be .*got -1.0"),
     (LinBreg, {"reg": "l1"}, TypeError, r"reg must be None or a regularizer such as bregman_cuda.L1.*got 'l1'"),
     (LinBreg, {"reg": L1}, TypeError, r"reg must be None or a regularizer"),
     (LinBreg, {"fused": "yes"}, ValueError, r"fused must be True, False or None, got 'yes'"),

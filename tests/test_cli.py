@@ -15,6 +15,7 @@ from test_experiments import damage, write_folder
 
 import bregman_cuda
 from bregman_cuda.__main__ import main
+from bregman_cuda.experiments.settings import OPTIMIZERS
 
 TRAIN_EXTRA = ("typer", "rich", "sklearn", "matplotlib")
 
@@ -80,7 +81,7 @@ def test_a_folder_and_every_optimizer(tmp_path: Path, extra: None, capsys: pytes
     assert "mine, convnet" in printed
     assert "live kernels" in printed
     runs = json.loads((tmp_path / "out/training.json").read_text())["runs"]
-    assert [run["optimizer"] for run in runs] == ["adabreg", "linbreg", "linbreg-momentum", "proxsgd", "adam"]
+    assert [run["optimizer"] for run in runs] == [*OPTIMIZERS]
     assert {run["model"] for run in runs} == {"convnet"}
 
 

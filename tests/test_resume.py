@@ -137,13 +137,13 @@ def test_a_run_resumed_in_a_new_process_is_the_uninterrupted_one(tmp_path):
 def resume_all(folder: Path) -> None:
     """In the new process: every checkpoint is taken up by kernels and by the reference, and ends as it should."""
     runs = torch.load(folder / "runs.pt", weights_only=True)
-    for (case, half, whole), fused in itertools.product(runs, (True, False)):
+    for (case, half, whole), fused in itertools.product(runs, (None, False)):
         optimizer = make(case, params := model(case[1]), fused)
         copy_values(half["params"], params)
         optimizer.load_state_dict(half)
         assert_same(everything(optimizer), half, f"{case}, loaded")
         for group, end in zip(optimizer.param_groups, whole["param_groups"]):
-            other, group["fused"], end["fused"] = group["fused"] != fused, fused, fused
+            other, group["fused"], end["fused"] = group["fused"] != (fused is None), fused, fused
         train(optimizer, params, N, 2 * N)
         # fp64: torch's root and the order of a group's sum differ from the kernels' by an ulp or two a step.
         assert_same(everything(optimizer), whole, f"{case}", 2e-13 if case[1] == torch.float64 and other else 0.0)
@@ -198,6 +198,10 @@ BAD = {  # name: (the optimizer that loads, what, what the error names)
     "SGD's": ("proxsgd_momentum", ["SGD"], "weight_decay|nesterov|reg"),
     "no state": ("linbreg", ["linbreg", SHAPES, 2, ("state",)], "state"),
     "no lr": ("linbreg", ["linbreg", SHAPES, 2, (*GROUP, "lr")], "lr"),
+    "no alpha": ("rmda", ["rmda", SHAPES, 2, (*STATE, "alpha")], "alpha"),
+    "negative alpha": ("rmda", ["rmda", SHAPES, 2, (*STATE, "alpha"), -1.0], "alpha must be.*-1"),
+    "RAMDA's": ("rmda", ["ramda"], "eps"),
+    "AMSGrad's": ("proxsgd", ["proxadam_amsgrad"], "amsgrad|betas"),
     "no step": ("linbreg", ["linbreg", SHAPES, 2, (*STATE, "step")], "step"),
     "steps": ("adabreg", ["adabreg", SHAPES, 2, (*STATE, "step"), torch.zeros(3)], "step must be a number"),
     "negative step": ("adabreg", ["adabreg", SHAPES, 2, (*STATE, "step"), -1.0], "step must be.*-1"),

@@ -290,7 +290,7 @@ def test_what_turns_a_zero_weight_on_in_proxadams_first_step(driver, style, fact
 
 @pytest.mark.parametrize("rule", ["rmda", "ramda", "rmda_averaged", "ramda_averaged"])
 def test_the_prox_point_solves_the_subproblem_that_defines_it(driver, rule):
-    """0 is in V + P (q - x0) + alpha lam d|q|, with P = sqrt(t) or U^(1/3) + eps; with momentum 1 the parameter is q."""
+    """0 is in V + P (q - x0) + alpha lam d|q|, P = sqrt(t) or U^(1/3) + eps; with momentum 1 the parameter is q."""
     p0, grads = start(6)
     p, optimizer = walk(rule, p0, grads, LRS, 0.3, driver.fused)
     weights = [lr * math.sqrt(t) for t, lr in enumerate(LRS, 1)]

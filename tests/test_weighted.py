@@ -30,7 +30,7 @@ def prox(x: np.ndarray, s: np.ndarray, w: float, dtype: torch.dtype = torch.floa
 
 @pytest.mark.parametrize("spread", [1.0, 10.0, 1e3, 1e5, 1e8])
 def test_it_is_the_minimiser(spread):
-    """fp64: to rounding, which sums over a group and theta carry; KKT residuals are those of x / s, which w balances."""
+    """fp64: to rounding, which sums over a group carry; KKT residuals relative to x / s, which w balances."""
     rng = np.random.default_rng(int(math.log10(spread)))
     for _ in range(400):
         x, s, w = group(rng, spread)
@@ -82,7 +82,8 @@ def test_edges(dtype):
     got = GroupLasso(0.5, "out", "none").prox(x, s)
     assert got[0].tolist() == [0, 0, 0], "a zero group"
     assert got[1].tolist() == [3, 4, 0], "step size 0 leaves it alone"
-    assert got[2, 0] == 1 and 0 < got[2, 2] < 1, "an element that cannot move keeps its group alive"
+    assert got[2, 0] == 1, "an element that cannot move keeps its group alive"
+    assert 0 < got[2, 2] < 1
     assert bool(got[3].isnan().all()), "NaN stays NaN"
     for reg in (GroupLasso(0.0), SparseGroupLasso(0.0)):  # a NaN takes its group along, as without a metric
         assert torch.equal(reg.prox(x, s)[:3], x[:3]), "lam = 0 is the identity"

@@ -12,6 +12,9 @@ NAMES = {
     "linbreg": "LinBreg",
     "linbreg-momentum": "LinBreg, momentum",
     "proxsgd": "ProxSGD",
+    "proxadam": "ProxAdam",
+    "rmda": "RMDA",
+    "ramda": "RAMDA",
     "adam": "Adam",
 }
 # Okabe-Ito colours, told apart by colour-blind readers; line styles serve prints in grey.
@@ -20,6 +23,9 @@ _STYLES = {
     "linbreg": ("#D55E00", "--"),
     "linbreg-momentum": ("#E69F00", (0, (5, 1, 1, 1))),
     "proxsgd": ("#009E73", "-."),
+    "proxadam": ("#F0E442", "-"),
+    "rmda": ("#CC79A7", "--"),
+    "ramda": ("#CC79A7", "-"),
     "adam": ("#555555", ":"),
 }
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..optim import Restarts
 from ..regularizers import L1, GroupLasso, Regularizer, SparseGroupLasso
 
-OPTIMIZERS = ("adabreg", "linbreg", "linbreg-momentum", "proxsgd", "adam")
+OPTIMIZERS = ("adabreg", "linbreg", "linbreg-momentum", "proxsgd", "proxadam", "rmda", "ramda", "adam")
 REGULARIZERS = ("l1", "group-out", "group-in", "group-kernel", "sparse-group", "none")
 
 
@@ -61,7 +62,7 @@ class Setting:
             return {last_weight(model): None, "*": "out"}
         return {"group-in": "in", "group-kernel": "kernel"}.get(self.reg)
 
-    def schedule_for(self, optimizer: torch.optim.Optimizer) -> Callable[[float], None]:
+    def schedule_for(self, optimizer: torch.optim.Optimizer) -> Callable[[float], object]:
         """A function of the mean loss of an epoch that sets the next one's lr."""
         if self.schedule == "plateau":  # as in the authors' notebooks, on the training loss
             plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=5, threshold=0.01)
@@ -69,6 +70,10 @@ class Setting:
         if self.schedule == "cosine":
             cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs)
             return lambda loss: cosine.step()
+        if self.schedule == "stages":  # momentum doubles to 1, so that dual averages end sparse
+            ends = sorted({self.epochs // 2, 3 * self.epochs // 4} - {0})
+            stages = Restarts(optimizer, ends, gamma=0.5)  # type: ignore[arg-type]
+            return lambda loss: stages.step()
         return lambda loss: None
 
 
@@ -94,6 +99,9 @@ _TABLES: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
         "linbreg": dict(lr=0.3, lam=0.15),
         "linbreg-momentum": dict(lr=0.3, lam=0.17, momentum=0.9),
         "proxsgd": dict(lr=0.1, lam=2e-3, density=1.0),
+        "proxadam": dict(lr=2e-3, lam=1.5e-3, density=1.0, schedule="cosine"),
+        "rmda": dict(lr=0.1, lam=2e-3, momentum=0.25, density=1.0, schedule="stages"),
+        "ramda": dict(lr=1e-2, lam=3e-4, momentum=0.25, density=1.0, schedule="stages"),
         "adam": dict(lr=1e-3, **_DENSE),
     },
     # The authors' ConvNet notebook, except for its 100 epochs; density is that of kernels and of matrix elements.
@@ -103,6 +111,9 @@ _TABLES: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
         "linbreg": dict(lr=0.07, lam=0.5),
         "linbreg-momentum": dict(lr=0.07, lam=0.5, momentum=0.9),
         "proxsgd": dict(lr=0.1, lam=1e-3, density=1.0),
+        "proxadam": dict(lr=1e-3, lam=1e-3, density=1.0),  # these three are not tuned
+        "rmda": dict(lr=0.1, lam=1e-3, momentum=0.25, density=1.0, schedule="stages"),
+        "ramda": dict(lr=1e-2, lam=1e-3, momentum=0.25, density=1.0, schedule="stages"),
         "adam": dict(lr=1e-3, **_DENSE),
     },
     # The authors' MLP notebook (lr 0.1, lam 0.1); AdaBreg's lr is not in the paper.
@@ -112,6 +123,9 @@ _TABLES: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
         "linbreg": dict(lr=0.1, lam=0.1),
         "linbreg-momentum": dict(lr=0.1, lam=0.1, momentum=0.9),
         "proxsgd": dict(lr=0.1, lam=1e-4, density=1.0),
+        "proxadam": dict(lr=1e-3, lam=1e-4, density=1.0),  # nor these
+        "rmda": dict(lr=0.1, lam=1e-4, momentum=0.25, density=1.0, schedule="stages"),
+        "ramda": dict(lr=1e-2, lam=1e-4, momentum=0.25, density=1.0, schedule="stages"),
         "adam": dict(lr=1e-3, **_DENSE),
     },
 }

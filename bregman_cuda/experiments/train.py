@@ -82,6 +82,11 @@ def make_optimizer(model: nn.Sequential, setting: Setting, fused: bool | None = 
         return optim.AdaBreg(groups, lr=setting.lr, delta=setting.delta, fused=fused)
     if setting.optimizer == "proxsgd":
         return optim.ProxSGD(groups, lr=setting.lr, momentum=setting.momentum, fused=fused)
+    if setting.optimizer == "proxadam":
+        return optim.ProxAdam(groups, lr=setting.lr, fused=fused)
+    if setting.optimizer in ("rmda", "ramda"):
+        kind = optim.RMDA if setting.optimizer == "rmda" else optim.RAMDA
+        return kind(groups, lr=setting.lr, momentum=setting.momentum, fused=fused)
     return optim.LinBreg(groups, lr=setting.lr, delta=setting.delta, momentum=setting.momentum, fused=fused)
 
 

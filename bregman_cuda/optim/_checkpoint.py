@@ -96,9 +96,8 @@ def _check_state(where: str, rule: Rule, param: Tensor, saved: dict[str, Any]) -
     later = {"momentum_buffer", "max_exp_avg_sq", "master"}
     if unknown := {*saved} - {*rule.slots, *counters, "mask", *later}:
         raise ValueError(f"{where} has unknown entries {', '.join(map(repr, sorted(unknown)))}: another optimizer's?")
-    if {*saved} - {"mask"}:
-        if missing := {*counters, *slots} - {*saved} - later:
-            raise KeyError(f"{where} has no {', '.join(map(repr, sorted(missing)))}")
+    if {*saved} - {"mask"} and (missing := {*counters, *slots} - {*saved} - later):
+        raise KeyError(f"{where} has no {', '.join(map(repr, sorted(missing)))}")
     for key, value in saved.items():
         if key in counters:
             number = value.item() if torch.is_tensor(value) and value.numel() == 1 else value

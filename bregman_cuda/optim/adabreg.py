@@ -21,7 +21,7 @@ class AdaBregRule(BregmanRule):
     name = "adabreg"
     slots = ("dual", "exp_avg", "exp_avg_sq")
 
-    def hyper(self, group: dict[str, Any], step: Any) -> Hyper:
+    def hyper(self, group: dict[str, Any], step: Any, *counters: Any) -> Hyper:
         beta1, beta2 = group["betas"]
         return {
             "beta1": beta1,

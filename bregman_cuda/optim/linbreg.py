@@ -35,7 +35,7 @@ class LinBregRule(BregmanRule):
     name = "linbreg"
     slots = ("dual",)
 
-    def hyper(self, group: dict[str, Any], step: Any) -> Hyper:
+    def hyper(self, group: dict[str, Any], step: Any, *counters: Any) -> Hyper:
         return {"lr": number(group["lr"]), "delta": group["delta"]}
 
     def point(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> tuple[Tensor, float]:
@@ -50,7 +50,7 @@ class LinBregMomentumRule(BregmanRule):
     name = "linbreg_momentum"
     slots = ("dual", "momentum_buffer")
 
-    def hyper(self, group: dict[str, Any], step: Any) -> Hyper:
+    def hyper(self, group: dict[str, Any], step: Any, *counters: Any) -> Hyper:
         lr, momentum = number(group["lr"]), group["momentum"]
         paper = group["momentum_style"] == "paper"
         return {

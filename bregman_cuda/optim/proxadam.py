@@ -91,8 +91,8 @@ class ProxAdam(SparseOptimizer):
     b2 = 0.999).
 
     Args:
-        params, reg, maximize, fused, count_nonzeros, check_finite, capturable: as in `LinBreg`. Group penalties must be lasso; they
-            run on the reference until there are kernels for them.
+        params, reg, maximize, fused, count_nonzeros, check_finite, capturable: as in `LinBreg`.
+            Group penalties: lasso (with or without l1) and MCP.
         lr: step size >= 0; a float or a one-element tensor.
         betas, eps: as in `AdaBreg`.
         weight_decay: >= 0, decoupled as in AdamW.
@@ -126,10 +126,8 @@ class ProxAdam(SparseOptimizer):
         check_finite: bool = False,
         capturable: bool = False,
     ) -> None:
-        defaults: dict[str, Any] = dict(
-            lr=lr, reg=reg, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad
-        )
-        defaults["bias_correction"] = bias_correction
+        defaults: dict[str, Any] = dict(lr=lr, reg=reg, betas=betas, eps=eps, weight_decay=weight_decay)
+        defaults |= dict(amsgrad=amsgrad, bias_correction=bias_correction)
         super().__init__(params, defaults, maximize, fused, count_nonzeros, check_finite, capturable)
 
     def _check_group(self, group: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ class ProxSGDRule(Rule):
     name = "proxsgd"
     reads_param = True
 
-    def hyper(self, group: dict[str, Any], step: Any) -> Hyper:
+    def hyper(self, group: dict[str, Any], step: Any, *counters: Any) -> Hyper:
         return {"lr": number(group["lr"])}
 
     def point(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> tuple[Tensor, float]:
@@ -33,7 +33,7 @@ class ProxSGDMomentumRule(Rule):
     slots = ("momentum_buffer",)
     reads_param = True
 
-    def hyper(self, group: dict[str, Any], step: Any) -> Hyper:
+    def hyper(self, group: dict[str, Any], step: Any, *counters: Any) -> Hyper:
         return {"lr": number(group["lr"]), "momentum": group["momentum"]}
 
     def point(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> tuple[Tensor, float]:

@@ -194,8 +194,8 @@ class RAMDA(_DualAveraging):
     offered.)
 
     Args:
-        params, lr, reg, momentum, maximize, fused, count_nonzeros, check_finite, capturable: as in `RMDA`. Group penalties must be
-            lasso; they run on the reference until there are kernels for them.
+        params, lr, reg, momentum, maximize, fused, count_nonzeros, check_finite, capturable: as in `RMDA`. Group
+            penalties: lasso (with or without l1) and MCP.
         eps: >= 0, added to the cube root.
 
     Raises:

@@ -188,7 +188,7 @@ class SplitLBI(SparseOptimizer):
 
     @torch.no_grad()
     def support(self, param: Tensor) -> Tensor:
-        """Bool tensor of a parameter's shape: where its sparse twin is active, group by group where groups are penalized."""
+        """Bool tensor of a parameter's shape: where its twin is active; whole groups where these are penalized."""
         twin, reg = self.sparse_twin(param), self._group_of(param)["reg"]
         dims = reg.groups_of(param.shape)
         if dims is None or reg.elementwise is not None or not twin.numel():

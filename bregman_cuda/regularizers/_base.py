@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ._weighted import weighted_group_prox
 
-
 Step = Union[float, Tensor]
 _GROUP_NAMES = {"out": (0,), "in": (1,), "kernel": (0, 1)}
 

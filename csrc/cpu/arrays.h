@@ -48,9 +48,9 @@ struct Arrays {
     if constexpr (kSlots > 2) s[2] = slot2[i];
   }
   BREGMAN_HD void store_state(int64_t i, const C* s) const {
-    if constexpr (kSlots > 0) slot0[i] = s[0];
-    if constexpr (kSlots > 1) slot1[i] = s[1];
-    if constexpr (kSlots > 2) slot2[i] = s[2];
+    if constexpr (kSlots > 0 && Rule::kFixedSlots <= 0) slot0[i] = s[0];
+    if constexpr (kSlots > 1 && Rule::kFixedSlots <= 1) slot1[i] = s[1];
+    if constexpr (kSlots > 2 && Rule::kFixedSlots <= 2) slot2[i] = s[2];
   }
   BREGMAN_HD C load_param(int64_t i) const {
     if constexpr (kMaster) return master[i];

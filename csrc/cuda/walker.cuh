@@ -154,7 +154,7 @@ struct Tile {
     }
     if (commit && !Rule::kLate) {
 #pragma unroll
-      for (int m = 0; m < kSlots; ++m) store<kFull>(slot(m), i, n, s[m]);
+      for (int m = Rule::kFixedSlots; m < kSlots; ++m) store<kFull>(slot(m), i, n, s[m]);
     }
   }
 
@@ -185,7 +185,7 @@ struct Tile {
     }
     if constexpr (Rule::kLate) {
 #pragma unroll
-      for (int m = 0; m < kSlots; ++m) store<kFull>(slot(m), i, n, s[m]);
+      for (int m = Rule::kFixedSlots; m < kSlots; ++m) store<kFull>(slot(m), i, n, s[m]);
     }
     store<kFull>(param(), i, n, raw);
     if constexpr (kMaster) store<kFull>(slot(kSlots), i, n, value);

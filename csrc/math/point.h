@@ -5,6 +5,7 @@
 // A driver may ask for the point as often as it likes: group penalties need it for the norms and once more for the
 // step, and it is cheaper to compute than to keep.
 //
+// kFixedSlots: so many slots, the first, are read and never written.
 // kMetric: the prox scale differs from element to element (a diagonal metric).
 // kLate: there is no update: finish(q, g, p, s), which knows the prox point, advances the state.
 #pragma once

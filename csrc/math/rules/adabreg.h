@@ -7,6 +7,7 @@ BREGMAN_BEGIN
 
 struct AdaBreg {
   static constexpr int kStateSlots = 3;
+  static constexpr int kFixedSlots = 0;
   static constexpr bool kReadsParam = false;
   static constexpr bool kMetric = false;
   static constexpr bool kLate = false;

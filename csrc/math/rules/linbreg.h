@@ -7,6 +7,7 @@ BREGMAN_BEGIN
 
 struct LinBreg {
   static constexpr int kStateSlots = 1;
+  static constexpr int kFixedSlots = 0;
   static constexpr bool kReadsParam = false;  // p is a function of the dual
   static constexpr bool kMetric = false;
   static constexpr bool kLate = false;

@@ -8,6 +8,7 @@ BREGMAN_BEGIN
 
 struct LinBregMomentum {
   static constexpr int kStateSlots = 2;
+  static constexpr int kFixedSlots = 0;
   static constexpr bool kReadsParam = false;
   static constexpr bool kMetric = false;
   static constexpr bool kLate = false;

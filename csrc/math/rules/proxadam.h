@@ -8,6 +8,7 @@ BREGMAN_BEGIN
 
 struct ProxAdam {
   static constexpr int kStateSlots = 2;
+  static constexpr int kFixedSlots = 0;
   static constexpr bool kReadsParam = true;
   static constexpr bool kMetric = true;
   static constexpr bool kLate = false;

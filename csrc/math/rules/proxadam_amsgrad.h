@@ -9,6 +9,7 @@ BREGMAN_BEGIN
 
 struct ProxAdamAMSGrad {
   static constexpr int kStateSlots = 3;
+  static constexpr int kFixedSlots = 0;
   static constexpr bool kReadsParam = true;
   static constexpr bool kMetric = true;
   static constexpr bool kLate = false;

@@ -7,6 +7,7 @@ BREGMAN_BEGIN
 
 struct ProxSGD {
   static constexpr int kStateSlots = 0;
+  static constexpr int kFixedSlots = 0;
   static constexpr bool kReadsParam = true;
   static constexpr bool kMetric = false;
   static constexpr bool kLate = false;

@@ -9,6 +9,7 @@ BREGMAN_BEGIN
 
 struct RAMDA {
   static constexpr int kStateSlots = 3;
+  static constexpr int kFixedSlots = 1;
   static constexpr bool kReadsParam = true;
   static constexpr bool kMetric = true;
   static constexpr bool kLate = false;

@@ -8,6 +8,7 @@ BREGMAN_BEGIN
 
 struct RMDA {
   static constexpr int kStateSlots = 2;
+  static constexpr int kFixedSlots = 1;
   static constexpr bool kReadsParam = true;
   static constexpr bool kMetric = false;
   static constexpr bool kLate = false;

@@ -9,6 +9,7 @@ BREGMAN_BEGIN
 
 struct SplitLBI {
   static constexpr int kStateSlots = 1;
+  static constexpr int kFixedSlots = 0;
   static constexpr bool kReadsParam = true;
   static constexpr bool kMetric = false;
   static constexpr bool kLate = true;
