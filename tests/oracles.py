@@ -241,3 +241,16 @@ def weighted_group_lasso(x: np.ndarray, s: np.ndarray, w: float) -> np.ndarray:
         theta = 0.5 * (low + high)
         low, high = (theta, high) if np.sum((x / (theta + w * s)) ** 2) > 1 else (low, theta)
     return x * theta / (theta + w * s)
+
+
+def splitlbi(p0, grads, lrs, lam, momentum=0.0, *, kappa=1.0, mu=2.0, nesterov=False, weight_decay=0.0, inside=False):
+    """FuSplit LBI (research notes on SplitLBI, section 1): all from the old weights and the old twin."""
+    w, z, m = p0.astype(np.float64).copy(), np.zeros(p0.shape), np.zeros(p0.shape)
+    for g, lr in zip(grads, lrs):
+        coupling = (w - kappa * soft(z, lam)) / mu
+        d = g + weight_decay * w + (coupling if inside else 0)
+        m = momentum * m + d
+        step = d + momentum * m if nesterov else m
+        w = w - kappa * lr * (step + (0 if inside else coupling))
+        z = z + lr * coupling
+    return w

@@ -48,6 +48,7 @@ class RuleCase:
     kernel_rule: str = ""
     dual: bool = True  # whether the parameter is prox(delta * dual)
     metric: bool = False  # whether each element has a prox scale of its own
+    twin: bool = False  # whether a sparse twin pulls at the parameter, lam = 0 or not
     dense: bool = False  # whether sparse points lie beside the parameter, which has no zeros
 
     def make(self, params: Any, reg: Regularizer | None, **options: Any) -> SparseOptimizer:
@@ -78,13 +79,16 @@ RULES = {
     "rmda_averaged": RuleCase(RMDA, {"lr": 0.25, "momentum": 0.25}, "rmda", dual=False, dense=True),
     "ramda": RuleCase(RAMDA, {"lr": 0.1, "momentum": 1.0}, "ramda", dual=False, metric=True),
     "ramda_averaged": RuleCase(RAMDA, {"lr": 0.1, "momentum": 0.25}, "ramda", dual=False, metric=True, dense=True),
-    "splitlbi": RuleCase(SplitLBI, {"lr": 0.25, "kappa": 1.5, "mu": 2.0}, "splitlbi", dual=False, dense=True),
+    "splitlbi": RuleCase(
+        SplitLBI, {"lr": 0.25, "kappa": 1.5, "mu": 2.0}, "splitlbi", dual=False, dense=True, twin=True
+    ),
     "splitlbi_nesterov": RuleCase(
         SplitLBI,
         {"lr": 0.25, "mu": 2.0, "momentum": 0.5, "nesterov": True, "weight_decay": 0.1},
         "splitlbi_momentum",
         dual=False,
         dense=True,
+        twin=True,
     ),
     "splitlbi_inside": RuleCase(
         SplitLBI,
@@ -92,6 +96,7 @@ RULES = {
         "splitlbi_momentum",
         dual=False,
         dense=True,
+        twin=True,
     ),
 }
 

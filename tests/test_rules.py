@@ -30,6 +30,9 @@ FORMULAS = {
     "rmda_averaged": oracles.rmda,
     "ramda": oracles.ramda,
     "ramda_averaged": oracles.ramda,
+    "splitlbi": functools.partial(oracles.splitlbi, kappa=1.5),
+    "splitlbi_nesterov": functools.partial(oracles.splitlbi, nesterov=True, weight_decay=0.1),
+    "splitlbi_inside": functools.partial(oracles.splitlbi, inside=True),
 }
 LRS = [0.25] * 3 + [0.05] * 2 + [0.5] * (STEPS - 5)  # two changes of the step size
 

@@ -57,8 +57,7 @@ class SplitLBIMomentumRule(SplitLBIRule):
         return {
             **super().hyper(group, step),
             "momentum": group["momentum"],
-            "ahead": group["momentum"] if group["nesterov"] else 1.0,
-            "own": float(group["nesterov"]),
+            "nesterov": float(group["nesterov"]),
             "inside": float(inside),
             "outside": float(not inside),
         }
@@ -69,7 +68,8 @@ class SplitLBIMomentumRule(SplitLBIRule):
         direction = grad + param * h["weight_decay"] + coupling * h["inside"]
         buffer.copy_(buffer * h["momentum"] + direction)
         dual.copy_(dual + coupling * h["lr"])
-        return param - (buffer * h["ahead"] + direction * h["own"] + coupling * h["outside"]) * h["rate"]
+        step = buffer * h["momentum"] + direction if h["nesterov"] else buffer
+        return param - (step + coupling * h["outside"]) * h["rate"]
 
 
 class SplitLBI(SparseOptimizer):
