@@ -8,8 +8,10 @@ from .optim import ProxSGD as ProxSGD
 from .optim import SparseOptimizer as SparseOptimizer
 from .regularizers import L1 as L1
 from .regularizers import ElasticNet as ElasticNet
+from .regularizers import GroupEnvelope as GroupEnvelope
 from .regularizers import GroupLasso as GroupLasso
 from .regularizers import NonnegL1 as NonnegL1
+from .regularizers import Nuclear as Nuclear
 from .regularizers import Regularizer as Regularizer
 from .regularizers import SparseGroupLasso as SparseGroupLasso
 from .sparsity import DensityReport as DensityReport

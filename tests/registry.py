@@ -90,6 +90,7 @@ def _unlisted() -> dict[str, RegCase]:
         name.lower(): case(cls)
         for name, cls in Regularizer.registry.items()
         if cls.__module__.startswith("bregman_cuda.") and dataclasses.is_dataclass(cls) and cls not in listed
+        if not cls.whole  # no kernels: tests/test_envelope.py
     }
 
 

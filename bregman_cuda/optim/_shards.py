@@ -37,6 +37,8 @@ def why_groups_cross(param: Any, reg: Any) -> str:
         return ""
     if any(placement.is_partial() for placement in param.placements):
         return "its ranks hold summands (a Partial placement), not parts"
+    if reg is not None and reg.whole:
+        return f"{type(reg).__name__} cannot regularize a sharded parameter: {reg.whole}"
     if reg is None or reg.radial is None:
         return ""
     dims = reg.groups_of(param.shape)

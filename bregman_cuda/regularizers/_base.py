@@ -50,6 +50,8 @@ class Regularizer:
 
     registry: ClassVar[dict[str, type[Regularizer]]] = {}
     bounds: ClassVar[dict[str, tuple[float, float]]] = {"lam": (0.0, math.inf)}
+    # Empty, or why the prox needs a whole tensor at once: no composition of phi and psi, so no kernels and no shards.
+    whole: ClassVar[str] = ""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -221,7 +223,7 @@ class Grouped(Regularizer):
     """
 
     groups: str | tuple[int, ...]
-    weight: str
+    weight: str | tuple[float, ...]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "groups":
