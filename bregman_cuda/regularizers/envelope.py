@@ -87,7 +87,7 @@ class GroupEnvelope(Grouped):
             return x.new_zeros(())
         # The best u is a constant for the derivative (envelope theorem), so autograd gives d_G x_G / u_G.
         stretch = self._stretch(x.detach())
-        return 0.5 * self.lam * (x.double().square() * stretch).sum().to(x.dtype)
+        return 0.5 * (self.lam * x.double().square() * stretch).sum().to(x.dtype)
 
     def prox(self, x: Tensor, step: Step) -> Tensor:
         self.groups_of(x.shape)
@@ -168,7 +168,8 @@ def _shares(norms: Tensor, decay: Tensor, k: int) -> Tensor:
 
     low = torch.zeros(1, dtype=torch.int64, device=norms.device)
     high = torch.full_like(low, len(points) - 1)
-    for _ in range(len(points).bit_length()):  # the sum is < k at points[low]; strictly, so that a flat piece with sum k lies above
+    # The sum is < k at points[low]: strictly, so that of a flat piece with sum k the lower end is found.
+    for _ in range(len(points).bit_length()):
         middle = (low + high) // 2
         below = (points.gather(0, middle) * slope - decay).clamp(0, 1).sum() < k
         low, high = torch.where(below, middle, low), torch.where(below, high, middle)

@@ -53,7 +53,7 @@ class Nuclear(Regularizer):
         if not x.numel():
             return x.new_zeros(())
         values = torch.linalg.svdvals(self._matrix(x))
-        return self.lam * torch.where(values > 0, values, torch.zeros_like(values)).sum().to(x.dtype)
+        return (self.lam * torch.where(values > 0, values, torch.zeros_like(values))).sum().to(x.dtype)
 
     def prox(self, x: Tensor, step: Step) -> Tensor:
         matrix = self._matrix(x)
