@@ -15,6 +15,7 @@ from .regularizers import Nuclear as Nuclear
 from .regularizers import Regularizer as Regularizer
 from .regularizers import SparseGroupLasso as SparseGroupLasso
 from .sparsity import DensityReport as DensityReport
+from .sparsity import RigL as RigL
 from .sparsity import density as density
 from .sparsity import param_groups as param_groups
 from .sparsity import sparse_init_ as sparse_init_

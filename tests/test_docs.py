@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import bregman_cuda
-from bregman_cuda import _backend, optim, regularizers
+from bregman_cuda import _backend, optim, regularizers, sparsity
 from bregman_cuda.optim._rule import Rule
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,7 +64,16 @@ def test_page_adds_a_regularizer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    [optim.linbreg, optim.adabreg, optim.proxsgd, regularizers.l1, regularizers.group_lasso],
+    [
+        optim.linbreg,
+        optim.adabreg,
+        optim.proxsgd,
+        regularizers.l1,
+        regularizers.group_lasso,
+        regularizers.envelope,
+        regularizers.nuclear,
+        sparsity.rigl,
+    ],
     ids=lambda module: module.__name__.rpartition(".")[2],
 )
 def test_docstring_examples(module: object) -> None:

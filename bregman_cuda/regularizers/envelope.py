@@ -39,9 +39,9 @@ class GroupEnvelope(Grouped):
             with fewer than k groups, without the dims of `groups`, or with another number of groups than weights.
 
     >>> GroupEnvelope(1.0, k=1).prox(torch.tensor([[6.0, 8.0], [0.3, 0.4], [3.0, 4.0]]), 1.0)
-    tensor([[3.0000, 4.0000],
-            [0.0000, 0.0000],
-            [0.0000, 0.0000]])
+    tensor([[3., 4.],
+            [0., 0.],
+            [0., 0.]])
     """
 
     lam: float
