@@ -258,6 +258,15 @@ def test_nuclear_prox_is_no_worse_than_its_neighbours():
             assert objective(z) <= objective(z + scale * torch.randn(4, 3, dtype=torch.float64, generator=generator))
 
 
+def test_nuclear_distance_of_a_diagonal_matrix():
+    """At diag(1, 0) with lam = 1 only the last entry has room: (a + 1)^2 + b^2 + c^2 + (|d| - 1)_+^2, by hand."""
+    x = torch.tensor([[1.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
+    for a, b, c, d in ((-1, 0, 0, 0.9), (-1, 0, 0, -1.5), (0, 0, 0.4, 0.9), (0, 0.4, 0, 0.9), (-2, 0.3, -0.2, 3)):
+        expected = math.sqrt((a + 1) ** 2 + b**2 + c**2 + max(abs(d) - 1, 0) ** 2)
+        found = reg_distance(Nuclear(1.0), x, torch.tensor([[a, b], [c, d]], dtype=torch.float64))
+        assert found == pytest.approx(expected, abs=1e-14)
+
+
 def test_nuclear_subgradient_and_lam_max():
     reg = Nuclear(0.6)
     x = np.random.default_rng(2).standard_normal((4, 2, 3))
@@ -350,6 +359,20 @@ def test_a_bregman_step_without_gradient_keeps_the_weights(make, optimizer, delt
 
 @pytest.mark.parametrize("make", PAIR)
 @pytest.mark.parametrize("kind", [LinBreg, AdaBreg, ProxSGD])
+def test_scalars_on_the_device_give_the_same_steps(make, kind):
+    params, twins = model([(6, 5), (4, 3, 3, 3)]), model([(6, 5), (4, 3, 3, 3)])
+    optimizer = kind(params, lr=torch.tensor(0.1), reg=make(), capturable=True)
+    train(optimizer, params, 3)
+    train(kind(twins, lr=0.1, reg=make()), twins, 3)
+    for p, twin in zip(params, twins):
+        torch.testing.assert_close(p, twin, rtol=1e-5, atol=1e-6)
+    if isinstance(make(), GroupEnvelope):
+        with NoReads():
+            optimizer.step()
+
+
+@pytest.mark.parametrize("make", PAIR)
+@pytest.mark.parametrize("kind", [LinBreg, AdaBreg, ProxSGD])
 def test_they_train_and_structure_appears(make, kind):
     """Least squares with a solution of two rows (rank two): the loss falls and the structure is found."""
     generator = torch.Generator().manual_seed(2)
@@ -392,6 +415,21 @@ def test_a_mask_and_an_envelope():
     train(optimizer, params, 4)
     assert bool((params[0][~mask] == 0).all())
     assert bool((params[0] != 0).any())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu_nothing_waits_and_values_agree():
+    x, step = torch.randn(64, 30), 0.5
+    reg, on_gpu, step_on_gpu = GroupEnvelope(0.7, 9), x.cuda(), torch.tensor(step, device="cuda")
+    reg.prox(on_gpu, step_on_gpu)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        z = reg.prox(on_gpu, step_on_gpu)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(z.cpu(), reg.prox(x, step))
+    torch.testing.assert_close(Nuclear(0.7).prox(on_gpu, step).cpu(), Nuclear(0.7).prox(x, step), rtol=1e-4, atol=1e-4)
 
 
 # Bad input

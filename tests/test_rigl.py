@@ -259,6 +259,34 @@ def test_nothing_reads_the_device():
                 rigl.step()
 
 
+def test_a_dense_weight_that_is_loaded_later_is_masked_again():
+    for kind in ("momentum", "proxsgd"):
+        model, _, rigl = make(kind)
+        backward(model, 1)
+        rigl.step()
+        model.load_state_dict(net(1).state_dict())
+        backward(model, 2)
+        rigl.step()
+        assert all(bool((w[~m] == 0).all()) for w, m in zip(rigl.weights, rigl.masks))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu_a_mask_update_does_not_wait():
+    w = nn.Parameter(torch.randn(300, 200, device="cuda"))
+    rigl = RigL([w], torch.optim.SGD([w], lr=0.1, momentum=0.9), density=0.1, every=2, end=100)
+    w.grad = torch.randn_like(w)
+    rigl.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            w.grad = torch.randn_like(w)
+            rigl.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert int(rigl.masks[0].sum()) == 6000
+
+
 def test_a_grad_scaler_takes_it_for_an_optimizer():
     model, _, rigl = make("momentum")
     twin_model, _, twin = make("momentum")

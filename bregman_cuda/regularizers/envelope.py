@@ -24,8 +24,10 @@ class GroupEnvelope(Grouped):
     of one element). k counts the groups of one tensor. Where x has at most k non-zero groups, J is plain weight
     decay; beyond, groups compete: the k-th largest sets the bar. One prox shrinks, too, and rarely leaves exactly k.
 
-    It couples all groups of a tensor, so that it runs in plain torch (`fused=True` is refused); nothing in it waits
-    for the device. A NaN fills its group and leaves the others as if that group were zero.
+    It couples all groups of a tensor, so that it runs in plain torch (`fused=True` is refused). No value is read back
+    from the device; a tuple of weights is copied to it each time. A NaN fills its group and leaves the others as if
+    that group were zero. For a k per layer give `param_groups` a function:
+    ``weights=lambda name, p: GroupEnvelope(0.1, k=max(1, len(p) // 4))``.
 
     Args:
         lam: strength, >= 0; 0 is the identity.
