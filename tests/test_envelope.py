@@ -62,6 +62,20 @@ def test_fenchel_young_gap_of_the_prox():
     assert worst <= 1e-10
 
 
+@pytest.mark.parametrize("spread", [0.0, 1.0, 6.0])
+def test_fenchel_young_gap_of_many_groups(spread):
+    rng = np.random.default_rng(7)
+    t = rng.standard_normal((50_000, 2)) * 10 ** (spread * rng.standard_normal((50_000, 1)))
+    d = 10 ** (0.3 * spread * rng.standard_normal(50_000))
+    for k, lam in ((1, 1.0), (700, 0.01), (25_000, 1.0), (49_999, 100.0)):
+        reg = GroupEnvelope(lam, k, "out", tuple(d))
+        z = reg.prox(torch.tensor(t), 1.0)
+        y = (t - z.numpy()) / lam
+        e, e_star = float(reg.value(z)) / lam, conjugate(y, d, k)
+        assert abs(e + e_star - float((z.numpy() * y).sum())) <= 1e-12 * (e + e_star)
+        assert int((z != 0).any(1).sum()) >= k
+
+
 def test_value_lies_between_its_two_definitions():
     """At most any feasible u's value, at least any y's <x, y> - E*(y); the subgradient closes the gap."""
     rng = np.random.default_rng(1)
