@@ -18,6 +18,7 @@ from .regularizers import L1 as L1
 from .regularizers import MCP as MCP
 from .regularizers import SCAD as SCAD
 from .regularizers import ElasticNet as ElasticNet
+from .regularizers import GroupEnvelope as GroupEnvelope
 from .regularizers import GroupL0 as GroupL0
 from .regularizers import GroupLasso as GroupLasso
 from .regularizers import GroupLHalf as GroupLHalf
@@ -27,9 +28,11 @@ from .regularizers import GroupSCAD as GroupSCAD
 from .regularizers import LHalf as LHalf
 from .regularizers import LTwoThirds as LTwoThirds
 from .regularizers import NonnegL1 as NonnegL1
+from .regularizers import Nuclear as Nuclear
 from .regularizers import Regularizer as Regularizer
 from .regularizers import SparseGroupLasso as SparseGroupLasso
 from .sparsity import DensityReport as DensityReport
+from .sparsity import RigL as RigL
 from .sparsity import density as density
 from .sparsity import param_groups as param_groups
 from .sparsity import sparse_init_ as sparse_init_

@@ -35,6 +35,14 @@ def step_scalars(reg: Any, h: Hyper, grad_scale: Any, skip: Any = 0.0) -> list[A
     return scalars
 
 
+def why_reference(reg: Any) -> str:
+    """Empty, or why no kernel can apply a regularizer: it is not made of penalties on elements and on group norms."""
+    if reg is None or not (reg.whole or _penalties(reg) == (None, None)):
+        return ""
+    name = type(reg).__name__
+    return f"{name} runs in plain torch: {reg.whole or 'it has no penalty on elements or group norms'}"
+
+
 def _penalties(reg: Any) -> tuple[Any, Any]:
     return (None, None) if reg is None else (reg.elementwise, reg.radial)
 
@@ -66,6 +74,8 @@ class Kernels:
         """Empty, or why the reference has to step this parameter."""
         if rule.name not in self.rules:
             return f"rule {rule.name!r} is not compiled in"
+        if why := why_reference(reg):
+            return why
         for penalty in _penalties(reg):
             if penalty is not None and penalty.kernel not in self.penalties:
                 return f"penalty {penalty.kernel!r} is not compiled in"

@@ -84,7 +84,7 @@ def count_nonzeros(param: Tensor, reg: Regularizer | None) -> tuple[Tensor, Tens
     """Non-zero elements, and non-zero groups where `reg` has groups: 0-dim int64 tensors on the parameter's device."""
     alive = param.detach() != 0
     dims = None if reg is None else reg.groups_of(param.shape)
-    if dims is None or reg is None or reg.radial is None:
+    if dims is None:
         return alive.sum(), None
     reduced = [d for d in range(param.ndim) if d not in dims]
     groups = alive.any(dim=reduced) if reduced and param.numel() else alive

@@ -155,6 +155,7 @@ def _unlisted() -> dict[str, RegCase]:
         name.lower(): case(cls)
         for name, cls in Regularizer.registry.items()
         if cls.__module__.startswith("bregman_cuda.") and dataclasses.is_dataclass(cls) and cls not in listed
+        if not cls.whole  # no kernels: tests/test_envelope.py
     }
 
 
@@ -173,7 +174,7 @@ CONVEX = {name: case for name, case in PENALTIES.items() if getattr(case(), "con
 
 
 def takes(rule: str, reg: str) -> bool:
-    """Whether the rule serves the regularizer: a dual asks for a convex one, a metric for a prox that is known there."""
+    """Whether the rule serves the regularizer: a dual asks for a convex one, a metric for a prox known in it."""
     case = RULES[rule]
     return reg == "none" or not (
         (case.dual and reg not in CONVEX) or (case.metric and PENALTIES[reg]().why_not_weighted())

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import bregman_cuda
-from bregman_cuda import _backend, optim, regularizers
+from bregman_cuda import _backend, optim, regularizers, sparsity
 from bregman_cuda.optim._rule import Rule
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,6 +68,7 @@ def test_page_adds_a_regularizer(tmp_path: Path) -> None:
         *(optim.linbreg, optim.adabreg, optim.proxsgd, optim.averaged_proxsgd, optim.proxadam, optim.rmda),
         *(optim.stages, optim.splitlbi, regularizers.l1, regularizers.group_lasso, regularizers.l0),
         *(regularizers.l_half, regularizers.l_two_thirds, regularizers.mcp, regularizers.scad),
+        *(regularizers.envelope, regularizers.nuclear, sparsity.rigl),
     ],
     ids=lambda module: module.__name__.rpartition(".")[2],
 )

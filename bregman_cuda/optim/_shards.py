@@ -72,6 +72,8 @@ def why_refused(param: Any, reg: Any, rule: Rule, capturable: bool) -> str:
         return ""
     if any(placement.is_partial() for placement in param.placements):
         return "its ranks hold summands (a Partial placement), not parts"
+    if reg is not None and reg.whole:
+        return f"{type(reg).__name__} cannot regularize a sharded parameter: {reg.whole}"
     if rule.metric and cut_along(param, reg):
         return (
             f"its shards cut its groups, and the prox of {rule.name} has a step size per element: such a group must "

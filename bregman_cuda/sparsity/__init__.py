@@ -6,5 +6,6 @@ from .init import sparse_init_ as sparse_init_
 from .report import DensityReport as DensityReport
 from .report import DensityRow as DensityRow
 from .report import density as density
+from .rigl import RigL as RigL
 
-__all__ = ["DensityReport", "DensityRow", "SparseInitReport", "density", "param_groups", "sparse_init_"]
+__all__ = ["DensityReport", "DensityRow", "RigL", "SparseInitReport", "density", "param_groups", "sparse_init_"]
