@@ -24,7 +24,8 @@ from bregman_cuda import (
     density,
     param_groups,
 )
-from bregman_cuda.optim._shards import why_groups_cross
+from bregman_cuda.optim._shards import why_refused
+from bregman_cuda.optim.proxsgd import ProxSGDRule
 
 
 def conjugate(y: np.ndarray, d: np.ndarray, k: int) -> float:
@@ -512,7 +513,7 @@ def test_compiled_and_sharded_steps_are_refused_by_name(make):
 
     sharded = torch.nn.Parameter(torch.ones(4, 3))
     sharded._local_tensor, sharded.placements = sharded.data[:2], (Shard(),)
-    assert f"{type(make()).__name__} cannot regularize a sharded parameter" in why_groups_cross(sharded, make())
+    assert f"{type(make()).__name__} cannot regularize a sharded parameter" in why_refused(sharded, make(), ProxSGDRule(), False)
 
 
 @pytest.mark.parametrize("reg", [GroupEnvelope(0.1, 2, "in", (1.0, 2.0)), Nuclear(0.1)], ids=lambda r: type(r).__name__)
