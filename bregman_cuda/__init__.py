@@ -2,6 +2,7 @@
 
 from ._backend import build_info as build_info
 from ._version import __version__ as __version__
+from .optim import HSPG as HSPG
 from .optim import RAMDA as RAMDA
 from .optim import RMDA as RMDA
 from .optim import AdaBreg as AdaBreg

@@ -76,6 +76,8 @@ class Kernels:
             return f"rule {rule.name!r} is not compiled in"
         if why := why_reference(reg):
             return why
+        if rule.half_space and reg is not None and (reg.radial is None or reg.radial.line() is None):
+            return f"the half-space step has no kernels for {type(reg).__name__}"
         for penalty in _penalties(reg):
             if penalty is not None and penalty.kernel not in self.penalties:
                 return f"penalty {penalty.kernel!r} is not compiled in"

@@ -36,7 +36,7 @@ def step_(
         grad_scale: factor on the gradient (-1 maximizes).
     """
     z, scale, before, grad = advance(rule, h, param, grad, state, mask, grad_scale)
-    finish(rule, h, z if reg is None else reg.prox(z, scale), before, grad, param, state, mask)
+    finish(rule, h, z if reg is None else rule.shrink(reg, z, scale, h), before, grad, param, state, mask)
 
 
 def advance(

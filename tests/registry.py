@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bregman_cuda import (
+    HSPG,
     L0,
     L1,
     MCP,
@@ -100,6 +101,12 @@ RULES = {
     ),
 }
 
+# Rules for some regularizers only, beside those that serve all: their cases are among PAIRS.
+GROUP_RULES = {
+    "hspg": RuleCase(HSPG, {"lr": 0.25, "momentum": 0.5, "start": 0, "epsilon": 0.25}, "half_space", dual=False),
+}
+EVERY_RULE = {**RULES, **GROUP_RULES}
+
 
 ROOTED = {"adabreg", "averaged_proxsgd", "proxadam", "proxadam_amsgrad"}  # with a square root per element
 
@@ -175,13 +182,16 @@ CONVEX = {name: case for name, case in PENALTIES.items() if getattr(case(), "con
 
 def takes(rule: str, reg: str) -> bool:
     """Whether the rule serves the regularizer: a dual asks for a convex one, a metric for a prox known in it."""
-    case = RULES[rule]
+    case = EVERY_RULE[rule]
+    if rule in GROUP_RULES and reg not in [name for name in GROUP if PENALTIES[name]().elementwise is None]:
+        return reg == "none"
     return reg == "none" or not (
-        (case.dual and reg not in CONVEX) or (case.metric and PENALTIES[reg]().why_not_weighted())
+        (case.dual and reg not in CONVEX)
+        or ((case.metric or rule in GROUP_RULES) and PENALTIES[reg]().why_not_weighted())
     )
 
 
-PAIRS = [(rule, reg) for rule in RULES for reg in REGULARIZERS if takes(rule, reg)]
+PAIRS = [(rule, reg) for rule in EVERY_RULE for reg in REGULARIZERS if takes(rule, reg)]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

@@ -66,7 +66,7 @@ def test_page_adds_a_regularizer(tmp_path: Path) -> None:
     "module",
     [
         *(optim.linbreg, optim.adabreg, optim.proxsgd, optim.averaged_proxsgd, optim.proxadam, optim.rmda),
-        *(optim.stages, optim.splitlbi, regularizers.l1, regularizers.group_lasso, regularizers.l0),
+        *(optim.stages, optim.splitlbi, optim.hspg, regularizers.l1, regularizers.group_lasso, regularizers.l0),
         *(regularizers.l_half, regularizers.l_two_thirds, regularizers.mcp, regularizers.scad),
         *(regularizers.envelope, regularizers.nuclear, sparsity.rigl),
     ],
@@ -97,7 +97,7 @@ def test_both_sides_hold_the_same_names() -> None:
     rules = {cls.name: cls() for cls in all_rules(Rule) if hasattr(cls, "name")}
     assert sorted(rules) == sorted(kernels.rules)
     group = dict(lr=0.1, delta=1.0, momentum=0.5, momentum_style="paper", betas=(0.9, 0.99), eps=1e-8)
-    group |= dict(reg=None, kappa=1.0, mu=2.0, nesterov=True, coupling="inside")
+    group |= dict(reg=None, epsilon=0.1, kappa=1.0, mu=2.0, nesterov=True, coupling="inside")
     group |= dict(rho=0.9, beta=0.9, powers=(0.5, 0.5), weight_decay=0.1, bias_correction="proxgen")
     for name, (_, slots, hypers, metric) in kernels.rules.items():
         assert list(rules[name].slots) == slots

@@ -513,7 +513,9 @@ def test_compiled_and_sharded_steps_are_refused_by_name(make):
 
     sharded = torch.nn.Parameter(torch.ones(4, 3))
     sharded._local_tensor, sharded.placements = sharded.data[:2], (Shard(),)
-    assert f"{type(make()).__name__} cannot regularize a sharded parameter" in why_refused(sharded, make(), ProxSGDRule(), False)
+    assert f"{type(make()).__name__} cannot regularize a sharded parameter" in why_refused(
+        sharded, make(), ProxSGDRule(), False
+    )
 
 
 @pytest.mark.parametrize("reg", [GroupEnvelope(0.1, 2, "in", (1.0, 2.0)), Nuclear(0.1)], ids=lambda r: type(r).__name__)
