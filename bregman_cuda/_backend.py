@@ -52,12 +52,18 @@ class Kernels:
 
     def __init__(self, ops: Any):
         self.plan, self.plan_items, self.step, self.why_not = ops.plan, ops.plan_items, ops.step, ops.why_not
-        self.rules: dict[str, tuple[int, list[str], list[str], bool]] = {}
+        self.rules: dict[str, tuple[int, list[str], list[str], bool, int]] = {}
         self.penalties: dict[str, tuple[int, list[str]]] = {}
         for line in ops.describe().splitlines():
             kind, name, *rest = line.split(";")
             if kind == "rule":
-                self.rules[name] = (len(self.rules), rest[0].split(), rest[1].split(), rest[2] == "metric")
+                self.rules[name] = (
+                    len(self.rules),
+                    rest[0].split(),
+                    rest[1].split(),
+                    rest[2] == "metric",
+                    int(rest[3]),
+                )
             elif kind == "penalty":
                 self.penalties[name] = (len(self.penalties), rest[0].split())
         # The plain overloads skip the packet's overload resolution at every step.

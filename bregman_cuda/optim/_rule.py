@@ -32,6 +32,7 @@ class Rule:
 
     name: str
     slots: tuple[str, ...] = ()  # state tensors of the parameter's shape, in the order of the kernel
+    fixed_slots: int = 0  # how many of them, the first, are read and never written
     reads_param: bool = False  # False: the parameter is a function of the state alone
     late: bool = False  # whether `finish_late` advances the state, and `point` does not
     metric: bool = False  # whether each element has a prox scale of its own

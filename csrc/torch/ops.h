@@ -39,7 +39,7 @@ inline std::string describe() {
   std::string text;
 #define X(Functor, name) \
   text += std::string("rule;" #name ";") + Functor::kSlotNames + ";" + Functor::kHyperNames + ";" + \
-          (Functor::kMetric ? "metric" : "") + "\n";
+          (Functor::kMetric ? "metric" : "") + ";" + std::to_string(Functor::kFixedSlots) + "\n";
   BREGMAN_RULES(X)
 #undef X
 #define X(Functor, name) text += std::string("penalty;" #name ";") + Functor::kParameterNames + "\n";
