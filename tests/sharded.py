@@ -81,7 +81,7 @@ def metric(rule: str) -> bool:
 def tensors(rule: str, layout: str, dtype: torch.dtype, place: Callable[[Tensor], Tensor] | None) -> dict[str, Any]:
     """Three steps of a rule with every regularizer, each in a group of its own; `place` shards a tensor."""
     generator = torch.Generator().manual_seed(0)
-    cases = dict(registry.REGULARIZERS)
+    cases = {name: case for name, case in registry.REGULARIZERS.items() if registry.takes(rule, name)}
     if metric(rule):
         cases = {name: case for name, case in cases.items() if getattr(case(), "radial", None) is None}
     if layout == "whole groups":
