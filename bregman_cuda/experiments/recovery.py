@@ -78,7 +78,7 @@ ROWS: dict[str, Make] = {
 
 
 def run(make: Make, problem: Problem, steps: int = STEPS, fused: bool | None = None) -> tuple[int | None, int, bool]:
-    """First step at which the support is the true one (None: never), at how many steps it is, and whether at the end."""
+    """First step at which the support is the true one (None: never), the number of such steps, whether it ends so."""
     p = torch.nn.Parameter(torch.zeros(10, 4))
     optimizer = make(p)
     for group in optimizer.param_groups:
