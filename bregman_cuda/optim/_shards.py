@@ -5,7 +5,7 @@ Recognised by the attribute that holds the part: importing torch.distributed.ten
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -104,6 +104,16 @@ def initial_values(
         value = part if slot == "master" else rule.init_slot(slot, whole, group)
         values[slot] = value if value is None or value is part else local(sharded_as(param, value))
     return values
+
+
+def for_prox(param: Any, reg: Any, state: dict[str, Any]) -> tuple[dict[str, Tensor], Callable[[Tensor], Tensor]]:
+    """A parameter's state for a prox outside of a step, and what takes this rank's part from its result.
+
+    These are this rank's parts, and whole tensors where shards cut groups; all ranks ask for it together then.
+    """
+    if is_sharded(param) and cut_along(param, reg):
+        return {name: t.full_tensor() for name, t in state.items()}, lambda value: local(sharded_as(param, value))
+    return {name: local(t) for name, t in state.items()}, lambda value: value
 
 
 def mask_as(param: Any, mask: Any) -> Any:

@@ -13,7 +13,7 @@ from ..regularizers import Regularizer
 from ..regularizers._base import check_number
 from ._base import SparseOptimizer
 from ._rule import Hyper, Rule, State, number
-from ._shards import local
+from ._shards import for_prox, local
 from .averaged_proxsgd import check_share
 
 
@@ -129,9 +129,10 @@ class _DualAveraging(SparseOptimizer):
         if not float(state.get("step", 0.0)):
             return param.detach()
         h = rule.hyper(group, int(state["step"]), *(float(state[name]) for name in rule.counters))
-        z, scale = rule.dual_point({slot: local(state[slot]) for slot in rule.slots}, h)
+        slots, part = for_prox(param, group["reg"], {slot: state[slot] for slot in rule.slots})
+        z, scale = rule.dual_point(slots, h)
         point = torch.empty_like(param)
-        local(point).copy_(z if group["reg"] is None else group["reg"].prox(z, scale))
+        local(point).copy_(part(z if group["reg"] is None else group["reg"].prox(z, scale)))
         return point
 
 
