@@ -30,6 +30,9 @@ FORMULAS = {
     "rmda_averaged": oracles.rmda,
     "ramda": oracles.ramda,
     "ramda_averaged": oracles.ramda,
+    "splitlbi": functools.partial(oracles.splitlbi, kappa=1.5, mu=2.0),
+    "splitlbi_nesterov": functools.partial(oracles.splitlbi, mu=2.0, nesterov=True, weight_decay=0.1),
+    "splitlbi_inside": functools.partial(oracles.splitlbi, mu=2.0, coupling="inside"),
 }
 LRS = [0.25] * 3 + [0.05] * 2 + [0.5] * (STEPS - 5)  # two changes of the step size
 

@@ -31,14 +31,17 @@ def weighted_group_prox(x: Tensor, scale: Tensor, level: Any, slope: Any, reduce
         square = part.double().square()
         return square.sum(reduced, keepdim=True), (square * other.double()).sum(reduced, keepdim=True)
 
+    def bent(scale: Tensor) -> Tensor:
+        rest = 1 - slope * scale
+        return torch.where(rest < 2.0**-7, 2.0**-7, rest)
+
     kept = torch.where(scale < (1e-75 if double else 1e-30), 1e-75 if double else 1e-30, scale)
-    a, b = sums(x / kept, 1 / kept)
+    a, b = sums(x / kept, bent(kept) / kept)
     norm, wide = a.sqrt(), level.double()
-    t = a * (norm - wide) / (b - slope.double() * a)
+    t = a * (norm - wide) / b
     t = torch.where(norm <= wide, 0.0, torch.where(norm - norm != 0, norm, t))
     for _ in range(6 if double else 5):
-        rest = 1 - slope * scale
-        rest = torch.where(rest < 0, 0, rest)
+        rest = bent(scale)
         t = t.to(x.dtype).double()
         q = 1 / (t.to(x.dtype) * rest + level * scale)
         a, b = sums(x * q, q * rest)

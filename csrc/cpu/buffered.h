@@ -123,13 +123,13 @@ BREGMAN_LOOP void add_squares(const Matrix<C> m, double* __restrict__ sums) {
 }
 
 template <class C>
-BREGMAN_LOOP void add_start(const Matrix<C> m, double* __restrict__ a, double* __restrict__ b) {
+BREGMAN_LOOP void add_start(const Matrix<C> m, const Line<C> line, double* __restrict__ a, double* __restrict__ b) {
   for (int64_t r = 0; r < m.rows; ++r) {
     const C* __restrict__ z = m.z + r * m.columns;
     const C* __restrict__ scales = m.scales + r * m.columns;
 #pragma GCC ivdep
     for (int64_t j = 0; j < m.columns; ++j) {
-      const Sums terms = start_terms(z[j], scales[j]);
+      const Sums terms = start_terms(z[j], scales[j], line);
       a[j] += terms.a;
       b[j] += terms.b;
     }
@@ -202,7 +202,7 @@ class BufferedGroups {
   void shrink_in_metric(const Line<C>& line) {
     double* norms = totals_ + 2 * count_;
     clear();
-    for_parts([&](const Matrix<C>& m) { add_start(m, sums_, sums_ + columns_); });
+    for_parts([&](const Matrix<C>& m) { add_start(m, line, sums_, sums_ + columns_); });
     total();
     for (int64_t g = 0; g < count_; ++g) norms[g] = root_start(sums(g), line);
     for (int step = 0; step < kRootSteps<C>; ++step) {

@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) tile_kernel(const __grid
   if constexpr (kMetric) {
     Line<C> line{};
     line_of(k.radial, C(part.t.weight), line);
-    reduce([&](int j, int) { return start_terms(z[j], scales[j]); });
+    reduce([&](int j, int) { return start_terms(z[j], scales[j], line); });
     for_groups([&](int g) { arrays.norm[g] = root_start(arrays.sum[g], line); });
 #pragma unroll 1
     for (int step = 0; step < kRootSteps<C>; ++step) {

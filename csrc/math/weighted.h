@@ -58,20 +58,26 @@ BREGMAN_HD C positive_scale(C scale) {
   return select(scale < least, least, scale);
 }
 
+// 1 - slope s. Where slope s reaches 1 (MCP with a step beyond gamma) the problem is not convex, and this a compromise.
+template <class C>
+BREGMAN_HD C bent(C scale, const Line<C>& line) {
+  const C rest = C(1) - line.slope * scale, least = C(0.0078125);
+  return select(rest < least, least, rest);
+}
+
 // What an element adds to the sums of the step from 0.
 template <class C>
-BREGMAN_HD Sums start_terms(C x, C scale) {
+BREGMAN_HD Sums start_terms(C x, C scale, const Line<C>& line) {
   scale = positive_scale(scale);
   const C u = x / scale;
   const double square = double(u) * double(u);
-  return {square, square * double(C(1) / scale)};
+  return {square, square * double(bent(scale, line) / scale)};
 }
 
 // What it adds to those of a step from t.
 template <class C>
 BREGMAN_HD Sums step_terms(C x, C scale, C t, const Line<C>& line) {
-  C rest = C(1) - line.slope * scale;
-  rest = select(rest < C(0), C(0), rest);
+  const C rest = bent(scale, line);
   const C q = C(1) / (t * rest + line.level * scale), u = x * q;
   const double square = double(u) * double(u);
   return {square, square * double(q * rest)};
@@ -83,7 +89,7 @@ BREGMAN_HD double root_start(const Sums& sums, const Line<C>& line) {
   const double norm = square_root(sums.a), level = double(line.level);
   if (norm <= level) return 0;
   if (norm - norm != 0) return norm;
-  return sums.a * (norm - level) / (sums.b - double(line.slope) * sums.a);
+  return sums.a * (norm - level) / sums.b;
 }
 
 // After a step from t, where the terms are of C(t).

@@ -1,6 +1,6 @@
-// SplitLBI with momentum: m <- momentum m + d,  w <- w - kappa lr (ahead m + own d + outside c),  where d is the
-// gradient with weight decay and `inside` times the coupling c (see splitlbi.h). The toolbox couples outside of the
-// buffer (inside = 0, outside = 1), the paper inside (1, 0). Heavy ball: ahead = 1, own = 0; Nesterov: momentum, 1.
+// SplitLBI with momentum: m <- momentum m + d,  w <- w - kappa lr (m + outside c),  where d is the gradient with weight
+// decay and `inside` times the coupling c (see splitlbi.h); Nesterov: momentum m + d in place of m. The toolbox couples
+// outside of the buffer (inside = 0, outside = 1), the paper inside (1, 0).
 #pragma once
 
 #include "../point.h"
@@ -14,10 +14,10 @@ struct SplitLBIMomentum {
   static constexpr bool kMetric = false;
   static constexpr bool kLate = true;
   static constexpr const char* kSlotNames = "dual momentum_buffer";
-  static constexpr const char* kHyperNames = "lr rate kappa mu weight_decay momentum ahead own inside outside";
+  static constexpr const char* kHyperNames = "lr rate kappa mu weight_decay momentum nesterov inside outside";
   template <class C>
   struct Hyper {
-    C lr, rate, kappa, mu, weight_decay, momentum, ahead, own, inside, outside;
+    C lr, rate, kappa, mu, weight_decay, momentum, nesterov, inside, outside;
   };
 
   template <class C>
@@ -31,7 +31,8 @@ struct SplitLBIMomentum {
     const C direction = grad + param * h.weight_decay + coupling * h.inside;
     state[1] = state[1] * h.momentum + direction;
     state[0] = state[0] + coupling * h.lr;
-    return param - (state[1] * h.ahead + direction * h.own + coupling * h.outside) * h.rate;
+    const C step = select(h.nesterov != C(0), state[1] * h.momentum + direction, state[1]);
+    return param - (step + coupling * h.outside) * h.rate;
   }
 };
 
