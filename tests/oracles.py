@@ -225,7 +225,7 @@ def ramda(p0, grads, lrs, lam, momentum=1.0, eps=1e-6):
 def splitlbi(
     p0, grads, lrs, lam, kappa=1.0, mu=1.0, momentum=0.0, nesterov=False, weight_decay=0.0, coupling="outside"
 ):
-    """DessiLBI with Gamma stored beside z, as its authors write it; the augmented loss is L + |w - Gamma|^2 / (2 mu)."""
+    """DessiLBI with Gamma stored beside z, as its authors write it; augmented loss L + |w - Gamma|^2 / (2 mu)."""
     w, z, gamma, m = p0.copy(), np.zeros_like(p0), np.zeros_like(p0), np.zeros_like(p0)
     for g, lr in zip(grads, lrs):
         pull = (w - gamma) / mu

@@ -216,9 +216,7 @@ def test_a_rate_beyond_the_bound_is_warned_of():
     ],
 )
 def test_true_coordinates_enter_first_and_the_projection_has_no_bias(driver, mu, kappa, true, first_false):
-    """200x40 normal design, noise .5. Just before the first false entry, W~ is as good as the oracle's least squares."""
-    if driver.name == "emulated" and first_false > 1000:
-        pytest.skip("as on the other drivers; thousands of steps are slow there")
+    """200x40 normal design, noise .5. Just before the first false entry W~ is as good as the oracle's least squares."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((200, 40))
     places = [3, 8, 13, 21, 30, 37]

@@ -1,10 +1,53 @@
-"""Sparse starts, parameter groups and density reports."""
+"""Sparse starts, parameter groups, density reports; SplitLBI's path: pruning, tickets, statistics, growing."""
 
+from .activation_path import ActivationPath as ActivationPath
+from .activation_path import prune_by_order as prune_by_order
 from .groups import param_groups as param_groups
 from .init import SparseInitReport as SparseInitReport
 from .init import sparse_init_ as sparse_init_
 from .report import DensityReport as DensityReport
 from .report import DensityRow as DensityRow
 from .report import density as density
+from .resize import LayerSize as LayerSize
+from .resize import TopFilters as TopFilters
+from .resize import active_fraction as active_fraction
+from .resize import extract_top_filters as extract_top_filters
+from .resize import grow_layer as grow_layer
+from .resize import layer_sizes as layer_sizes
+from .statistics import Statistics as Statistics
+from .statistics import StatisticsRecorder as StatisticsRecorder
+from .statistics import read_statistics as read_statistics
+from .tickets import MaskedTraining as MaskedTraining
+from .tickets import Ticket as Ticket
+from .tickets import TicketRecorder as TicketRecorder
+from .tickets import load_ticket as load_ticket
+from .tickets import masked as masked
+from .tickets import rewind as rewind
+from .tickets import save_ticket as save_ticket
 
-__all__ = ["DensityReport", "DensityRow", "SparseInitReport", "density", "param_groups", "sparse_init_"]
+__all__ = [
+    "ActivationPath",
+    "DensityReport",
+    "DensityRow",
+    "LayerSize",
+    "MaskedTraining",
+    "SparseInitReport",
+    "Statistics",
+    "StatisticsRecorder",
+    "Ticket",
+    "TicketRecorder",
+    "TopFilters",
+    "active_fraction",
+    "density",
+    "extract_top_filters",
+    "grow_layer",
+    "layer_sizes",
+    "load_ticket",
+    "masked",
+    "param_groups",
+    "prune_by_order",
+    "read_statistics",
+    "rewind",
+    "save_ticket",
+    "sparse_init_",
+]
