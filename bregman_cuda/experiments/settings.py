@@ -103,7 +103,7 @@ _TABLES: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
         "proxadam": dict(lr=2e-3, lam=1.5e-3, density=1.0, schedule="cosine"),
         "rmda": dict(lr=0.1, lam=2e-3, momentum=0.25, density=1.0, schedule="stages"),
         "ramda": dict(lr=1e-2, lam=3e-4, momentum=0.25, density=1.0, schedule="stages"),
-        "splitlbi": dict(lr=0.05, lam=0.1, mu=20.0, momentum=0.9, density=1.0),
+        "splitlbi": dict(lr=0.1, lam=1.0, mu=5.0, momentum=0.9, density=1.0, schedule="cosine"),
         "adam": dict(lr=1e-3, **_DENSE),
     },
     # The authors' ConvNet notebook, except for its 100 epochs; density is that of kernels and of matrix elements.

@@ -125,9 +125,13 @@ class ActivationPath:
         first = self._units(layer, param).expand(param.shape)
         if unit == "weight":
             return first.clone()
-        rows = first.transpose(0, filter_dim(self.model, layer, param)).reshape(-1, _rest(param))
         late = torch.iinfo(torch.int32).max
-        earliest = torch.where(rows == NEVER, late, rows).amin(1)
+        rest = [d for d in range(param.ndim) if d != filter_dim(self.model, layer, param)]
+        earliest = torch.where(first == NEVER, late, first).reshape(param.shape or (1,))
+        if rest and param.numel():
+            earliest = earliest.amin(rest)
+        elif rest:  # no weights, no least one
+            earliest = earliest.new_full((param.shape[filter_dim(self.model, layer, param)],), late)
         return torch.where(earliest == late, NEVER, earliest)
 
     @torch.no_grad()
@@ -264,7 +268,3 @@ def _norm_masks(model: Any, norm: str, layer: str, keep: Tensor) -> dict[str, Te
     if module.num_features != len(keep):
         raise ValueError(f"{norm!r} has {module.num_features} channels, but {layer!r} has {len(keep)} filters")
     return {f"{norm}.weight": keep, f"{norm}.bias": keep}
-
-
-def _rest(param: Tensor) -> int:
-    return max(1, param.shape[1:].numel() if param.ndim else 1)
