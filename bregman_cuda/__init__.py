@@ -38,12 +38,15 @@ from .sparsity import active_fraction as active_fraction
 from .sparsity import density as density
 from .sparsity import extract_top_filters as extract_top_filters
 from .sparsity import grow_layer as grow_layer
+from .sparsity import hold_active as hold_active
 from .sparsity import layer_sizes as layer_sizes
 from .sparsity import load_ticket as load_ticket
 from .sparsity import masked as masked
 from .sparsity import param_groups as param_groups
 from .sparsity import prune_by_order as prune_by_order
 from .sparsity import read_statistics as read_statistics
+from .sparsity import reinitialize_filters as reinitialize_filters
 from .sparsity import rewind as rewind
 from .sparsity import save_ticket as save_ticket
+from .sparsity import scale_filters as scale_filters
 from .sparsity import sparse_init_ as sparse_init_

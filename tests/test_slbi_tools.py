@@ -25,14 +25,17 @@ from bregman_cuda import (
     active_fraction,
     extract_top_filters,
     grow_layer,
+    hold_active,
     layer_sizes,
     load_ticket,
     masked,
     param_groups,
     prune_by_order,
     read_statistics,
+    reinitialize_filters,
     rewind,
     save_ticket,
+    scale_filters,
 )
 from bregman_cuda.sparsity import LayerSize
 
@@ -730,3 +733,74 @@ def test_digits_are_learned_projected_and_learned_again_from_the_ticket():
             epoch(sgd)
     assert accuracy(model, data) > 0.96
     assert all(not model.get_parameter(name)[~mask].any() for name, mask in masks.items())
+
+
+# Second chances
+
+
+def test_the_last_filters_start_anew():
+    """Weights really change (slbi.md 4.12), and so does their state; the others keep theirs."""
+    model, optimizer, path = recorded()
+    optimizer.param_groups[0]["momentum"] = 0.9
+    run(model, optimizer)
+    before = model.a.weight.detach().clone()
+    dual = optimizer.state[model.a.weight]["dual"].clone()
+    gone = reinitialize_filters(path, 50, "a.weight")["a.weight"]
+    assert gone.nonzero().flatten().tolist() == [1, 2, 5]
+    assert bool((model.a.weight != before)[gone].all())
+    assert torch.equal(model.a.weight[~gone], before[~gone])
+    assert float(model.a.weight.detach()[gone].abs().max()) <= float(before.std()) * math.sqrt(3) * 1.001
+    for slot in ("dual", "momentum_buffer"):
+        assert not optimizer.state[model.a.weight][slot][gone].any()
+    assert torch.equal(optimizer.state[model.a.weight]["dual"][~gone], dual[~gone])
+    run(model, optimizer)
+    assert reinitialize_filters(path, 50, "a.weight", threshold=0.6) == {}
+    assert {*reinitialize_filters(path, 50, threshold=0.3)} == {"a.weight"}
+
+
+@pytest.mark.parametrize("percent", [50, 100])
+def test_restarted_filters_are_orthogonal_to_those_that_stay(percent):
+    model, _, path = recorded()
+    gone = reinitialize_filters(path, percent, "a.weight", orthogonal=True)["a.weight"]
+    rows = model.a.weight.detach().flatten(1).double()
+    rows = rows / rows.norm(dim=1, keepdim=True)
+    overlap = rows[gone] @ rows.T - torch.eye(6, dtype=torch.float64)[gone]
+    assert float(overlap.abs().max()) < 1e-6  # fp32 weights
+    flat = nn.Sequential(nn.Linear(2, 5))  # no room: three directions stay in two dims
+    optimizer = SplitLBI(param_groups(flat, L1(1.0)))
+    assert int(reinitialize_filters(ActivationPath(flat, optimizer), 60, orthogonal=True)["0.weight"].sum()) == 3
+
+
+def test_the_last_filters_are_scaled():
+    model, _, path = recorded()
+    weight, bias = model.a.weight.detach().clone(), model.a.bias.detach().clone()
+    gone = scale_filters(path, 2.0, 50, "a.weight", biases=True)["a.weight"]
+    factor = torch.where(gone, 2.0, 1.0)
+    assert torch.equal(model.a.weight, weight * factor.view(-1, 1, 1, 1))
+    assert torch.equal(model.a.bias, bias * factor)
+    with pytest.raises(ValueError, match=r"factor must be .*got -1"):
+        scale_filters(path, -1, 50)
+    with pytest.raises(ValueError, match=r"percent must be .*got 120"):
+        reinitialize_filters(path, 120)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_active_filters_are_held_while_others_train(dtype):
+    model, optimizer, _ = recorded()
+    model.to(dtype)
+    optimizer = SplitLBI([{"params": [p], "reg": GroupLasso(0.1) if p.ndim > 1 else None} for p in model.parameters()])
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.state[model.a.weight]["dual"][[0, 3]] = 1.0
+    before = model.a.weight.detach().clone()
+    handle = hold_active(model, optimizer)
+    for _ in range(2):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    moved = (model.a.weight != before).flatten(1)
+    assert moved.any(1).tolist() == [False, True, True, False, True, True]
+    handle.remove()
+    optimizer.step()
+    assert bool((model.a.weight != before)[[0, 3]].any())
