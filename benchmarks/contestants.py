@@ -29,6 +29,19 @@ OURS: dict[str, Callable[..., bc.SparseOptimizer]] = {
     "LinBreg momentum": lambda groups, **kw: bc.LinBreg(groups, lr=1e-3, momentum=0.9, **kw),
     "AdaBreg": lambda groups, **kw: bc.AdaBreg(groups, lr=1e-4, **kw),
     "ProxSGD": lambda groups, **kw: bc.ProxSGD(groups, lr=1e-3, **kw),
+    "ProxAdam": lambda groups, **kw: bc.ProxAdam(groups, lr=1e-4, **kw),
+    "RMDA": lambda groups, **kw: bc.RMDA(groups, lr=1e-3, **kw),
+    "RAMDA": lambda groups, **kw: bc.RAMDA(groups, lr=1e-3, **kw),
+    "SplitLBI momentum": lambda groups, **kw: bc.SplitLBI(groups, lr=1e-3, momentum=0.9, **kw),
+    "HSPG": lambda groups, **kw: bc.HSPG(groups, lr=1e-3, momentum=0.9, start=0, **kw),
+}
+SINGULAR: dict[str, Callable[[], Regularizer]] = {  # with ProxSGD: what the penalty itself costs
+    "l0": lambda: bc.L0(1e-6),
+    "l1/2": lambda: bc.LHalf(1e-5),
+    "l2/3": lambda: bc.LTwoThirds(1e-5),
+    "mcp": lambda: bc.MCP(1e-3, 3.0),
+    "scad": lambda: bc.SCAD(1e-3, 3.7),
+    "group mcp out": lambda: bc.GroupMCP(1e-3, 100.0, "out"),
 }
 TORCH: dict[str, tuple[Callable[..., torch.optim.Optimizer], int]] = {  # and passes over an array of parameter size
     "SGD": (lambda groups, **kw: torch.optim.SGD(groups, lr=1e-3, **kw), 3),
@@ -76,18 +89,20 @@ def step_bytes(optimizer: bc.SparseOptimizer, param: Tensor) -> int:
     wide = torch.empty((), dtype=state_dtype(param)).element_size()
     slots = slots_of(rule, param)
     reads_param = rule.reads_param and "master" not in slots
-    return param.element_size() * (2 + reads_param) + 2 * wide * len(slots)
+    return param.element_size() * (2 + reads_param) + wide * (2 * len(slots) - rule.fixed_slots)
 
 
 def ours(device: str, dtype: torch.dtype, drivers: tuple[str, ...] = ("reference", "kernels")) -> list[Contestant]:
-    """{LinBreg, LinBreg momentum, AdaBreg, ProxSGD} x penalties x drivers; kernels only where they were built."""
+    """Our optimizers x the penalties that they take x drivers; kernels only where they were built."""
     if not bc.build_info()[device]:
         drivers = tuple(driver for driver in drivers if driver != "kernels")
     probe = torch.zeros(1, dtype=dtype)
     found = []
     for driver in drivers:
         for title, new in OURS.items():
-            for penalty, reg in PENALTIES.items():
+            for penalty, reg in (PENALTIES | SINGULAR if title == "ProxSGD" else PENALTIES).items():
+                if title == "HSPG" and not penalty.startswith("group"):
+                    continue
                 kernels = driver == "kernels"
 
                 def make(params: list[Tensor], new: Any = new, reg: Any = reg, kernels: bool = kernels) -> Any:

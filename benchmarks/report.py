@@ -35,7 +35,11 @@ Row = dict[str, Any]
 COLUMNS = ("optimizer", "driver", "ms", "vs Adam", "bytes/param", "GB/s", "of copy", "launches", "host us")
 QUICK = {  # optimizer, penalty and driver of the short run; a None matches everything
     ("LinBreg", None, "kernels"), ("LinBreg momentum", "l1", "kernels"), ("AdaBreg", None, "kernels"),
-    ("ProxSGD", "l1", "kernels"), ("LinBreg", "l1", "reference"), ("AdaBreg", "l1", "reference"),
+    ("ProxSGD", None, "kernels"), ("ProxAdam", "l1", "kernels"), ("ProxAdam", "group out", "kernels"),
+    ("ProxAdam", "group in", "kernels"), ("RMDA", "l1", "kernels"), ("RAMDA", "l1", "kernels"),
+    ("RAMDA", "group in", "kernels"), ("SplitLBI momentum", "l1", "kernels"),
+    ("SplitLBI momentum", "group out", "kernels"), ("HSPG", "group out", "kernels"),
+    ("LinBreg", "l1", "reference"), ("AdaBreg", "l1", "reference"),
     ("LinBreg", "l1", "bregman-learning"), ("AdaBreg", "l1", "bregman-learning"),
     ("torch SGD", None, "fused"), ("torch Adam", None, "foreach"), ("torch Adam", None, "fused"),
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from ._backend import build_info as build_info
 from ._version import __version__ as __version__
+from .optim import HSPG as HSPG
 from .optim import RAMDA as RAMDA
 from .optim import RMDA as RMDA
 from .optim import AdaBreg as AdaBreg
@@ -18,6 +19,7 @@ from .regularizers import L1 as L1
 from .regularizers import MCP as MCP
 from .regularizers import SCAD as SCAD
 from .regularizers import ElasticNet as ElasticNet
+from .regularizers import GroupEnvelope as GroupEnvelope
 from .regularizers import GroupL0 as GroupL0
 from .regularizers import GroupLasso as GroupLasso
 from .regularizers import GroupLHalf as GroupLHalf
@@ -27,10 +29,12 @@ from .regularizers import GroupSCAD as GroupSCAD
 from .regularizers import LHalf as LHalf
 from .regularizers import LTwoThirds as LTwoThirds
 from .regularizers import NonnegL1 as NonnegL1
+from .regularizers import Nuclear as Nuclear
 from .regularizers import Regularizer as Regularizer
 from .regularizers import SparseGroupLasso as SparseGroupLasso
 from .sparsity import ActivationPath as ActivationPath
 from .sparsity import DensityReport as DensityReport
+from .sparsity import RigL as RigL
 from .sparsity import StatisticsRecorder as StatisticsRecorder
 from .sparsity import Ticket as Ticket
 from .sparsity import TicketRecorder as TicketRecorder

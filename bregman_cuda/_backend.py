@@ -35,6 +35,14 @@ def step_scalars(reg: Any, h: Hyper, grad_scale: Any, skip: Any = 0.0) -> list[A
     return scalars
 
 
+def why_reference(reg: Any) -> str:
+    """Empty, or why no kernel can apply a regularizer: it is not made of penalties on elements and on group norms."""
+    if reg is None or not (reg.whole or _penalties(reg) == (None, None)):
+        return ""
+    name = type(reg).__name__
+    return f"{name} runs in plain torch: {reg.whole or 'it has no penalty on elements or group norms'}"
+
+
 def _penalties(reg: Any) -> tuple[Any, Any]:
     return (None, None) if reg is None else (reg.elementwise, reg.radial)
 
@@ -44,12 +52,18 @@ class Kernels:
 
     def __init__(self, ops: Any):
         self.plan, self.plan_items, self.step, self.why_not = ops.plan, ops.plan_items, ops.step, ops.why_not
-        self.rules: dict[str, tuple[int, list[str], list[str], bool]] = {}
+        self.rules: dict[str, tuple[int, list[str], list[str], bool, int]] = {}
         self.penalties: dict[str, tuple[int, list[str]]] = {}
         for line in ops.describe().splitlines():
             kind, name, *rest = line.split(";")
             if kind == "rule":
-                self.rules[name] = (len(self.rules), rest[0].split(), rest[1].split(), rest[2] == "metric")
+                self.rules[name] = (
+                    len(self.rules),
+                    rest[0].split(),
+                    rest[1].split(),
+                    rest[2] == "metric",
+                    int(rest[3]),
+                )
             elif kind == "penalty":
                 self.penalties[name] = (len(self.penalties), rest[0].split())
         # The plain overloads skip the packet's overload resolution at every step.
@@ -66,6 +80,10 @@ class Kernels:
         """Empty, or why the reference has to step this parameter."""
         if rule.name not in self.rules:
             return f"rule {rule.name!r} is not compiled in"
+        if why := why_reference(reg):
+            return why
+        if rule.half_space and reg is not None and (reg.radial is None or reg.radial.line() is None):
+            return f"the half-space step has no kernels for {type(reg).__name__}"
         for penalty in _penalties(reg):
             if penalty is not None and penalty.kernel not in self.penalties:
                 return f"penalty {penalty.kernel!r} is not compiled in"

@@ -36,7 +36,7 @@ def step_(
         grad_scale: factor on the gradient (-1 maximizes).
     """
     z, scale, before, grad = advance(rule, h, param, grad, state, mask, grad_scale)
-    finish(rule, h, z if reg is None else reg.prox(z, scale), before, grad, param, state, mask)
+    finish(rule, h, z if reg is None else rule.shrink(reg, z, scale, h), before, grad, param, state, mask)
 
 
 def advance(
@@ -50,6 +50,7 @@ def advance(
     z, scale = rule.point(grad, before, state, h)
     if mask is not None:
         z = torch.where(mask, z, torch.zeros_like(z))
+        scale = torch.where(mask, scale, 0) if torch.is_tensor(scale) else scale  # it may be NaN behind the mask
         _mask_state(rule, state, mask)
     return z, scale, before, grad
 
@@ -83,7 +84,7 @@ def count_nonzeros(param: Tensor, reg: Regularizer | None) -> tuple[Tensor, Tens
     """Non-zero elements, and non-zero groups where `reg` has groups: 0-dim int64 tensors on the parameter's device."""
     alive = param.detach() != 0
     dims = None if reg is None else reg.groups_of(param.shape)
-    if dims is None or reg is None or reg.radial is None:
+    if dims is None:
         return alive.sum(), None
     reduced = [d for d in range(param.ndim) if d not in dims]
     groups = alive.any(dim=reduced) if reduced and param.numel() else alive

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from compiling import Job, cancel, max_jobs, run, wait_for
 from find_torch import Torch, find_torch
-from toolchain import Cxx, Missing, Nvcc, find_cxx, find_nvcc, gencode_flags, parse_archs, skip_requested
+from toolchain import Cxx, Missing, Nvcc, find_cxx, find_nvcc, gencode_flags, parse_archs, skip_requested, visible_archs
 
 CPU_SOURCES = ("csrc/cpu/*.cpp", "csrc/torch/cpu_ops.cpp")
 CUDA_SOURCES = ("csrc/cuda/*.cu",)
@@ -151,7 +151,7 @@ class NativeBuild:
         nvcc, cxx = find_nvcc(self.env), find_cxx(self.env)
         if nvcc.release.partition(".")[0] != torch.cuda.partition(".")[0]:
             raise Missing(f"nvcc is of CUDA {nvcc.release}, torch {torch.version} of {torch.cuda}")
-        archs = parse_archs(self.env.get("TORCH_CUDA_ARCH_LIST"), nvcc)
+        archs = parse_archs(self.env.get("TORCH_CUDA_ARCH_LIST") or visible_archs(nvcc, self.env), nvcc)
         self.report.nvcc = nvcc.release
         include = [f"-isystem{nvcc.include}"] if nvcc.include else []
         jobs = self._jobs(CUDA_SOURCES, self._nvcc_command(nvcc, cxx, archs))

@@ -120,6 +120,17 @@ def parse_archs(wanted: str | None, nvcc: Nvcc) -> list[str]:
     return chosen
 
 
+def visible_archs(nvcc: Nvcc, env: Mapping[str, str] = os.environ) -> str:
+    """Those of this machine's GPUs, the newest with PTX for later ones; empty where there is none that nvcc knows.
+
+    Compiling for them alone takes a fraction of the time that the default list takes.
+    """
+    smi = shutil.which("nvidia-smi", path=env.get("PATH"))
+    found = output_of([smi, "--query-gpu=compute_cap", "--format=csv,noheader"]) if smi else ""
+    known = sorted({cap for cap in re.findall(r"^(\d+\.\d)\s*$", found, re.MULTILINE) if cap in nvcc.archs}, key=float)
+    return ";".join(known) + "+PTX" if known else ""
+
+
 def gencode_flags(archs: list[str]) -> list[str]:
     """nvcc's flags for a list from `parse_archs`."""
     flags = []

@@ -87,7 +87,7 @@ def run(problem: Problem, fused: bool | None, device: str = "cpu", threads: int 
         start = registry.values(shape, problem.dtype, generator, problem.zeros)
         buffers.append(Buffer(start.to(device), layouts[i % len(layouts)]))
         params.append(torch.nn.Parameter(buffers[-1].view))
-    optimizer = registry.RULES[problem.rule].make(
+    optimizer = registry.EVERY_RULE[problem.rule].make(
         params, problem.reg(), fused=fused, count_nonzeros=True, **problem.options
     )
     if problem.masked:

@@ -222,21 +222,6 @@ def ramda(p0, grads, lrs, lam, momentum=1.0, eps=1e-6):
     return dual_averages(p0, grads, lrs, momentum, subproblem)
 
 
-def splitlbi(
-    p0, grads, lrs, lam, kappa=1.0, mu=1.0, momentum=0.0, nesterov=False, weight_decay=0.0, coupling="outside"
-):
-    """DessiLBI with Gamma stored beside z, as its authors write it; augmented loss L + |w - Gamma|^2 / (2 mu)."""
-    w, z, gamma, m = p0.copy(), np.zeros_like(p0), np.zeros_like(p0), np.zeros_like(p0)
-    for g, lr in zip(grads, lrs):
-        pull = (w - gamma) / mu
-        d = g + weight_decay * w + (pull if coupling == "inside" else 0)
-        m = momentum * m + d
-        step = (d + momentum * m if nesterov else m) + (pull if coupling == "outside" else 0)
-        w, z = w - kappa * lr * step, z + lr * pull
-        gamma = kappa * soft(z, lam)
-    return w
-
-
 def weighted_group_residual(x: np.ndarray, z: np.ndarray, s: np.ndarray, l1: float, l2: float) -> float:
     """Distance of 0 from the subdifferential of  l1 |z|_1 + l2 ||z||_2 + sum (z - x)^2 / (2 s)  at z (one group)."""
     norm, pull = np.linalg.norm(z), (z - x) / s
@@ -256,3 +241,16 @@ def weighted_group_lasso(x: np.ndarray, s: np.ndarray, w: float) -> np.ndarray:
         theta = 0.5 * (low + high)
         low, high = (theta, high) if np.sum((x / (theta + w * s)) ** 2) > 1 else (low, theta)
     return x * theta / (theta + w * s)
+
+
+def splitlbi(p0, grads, lrs, lam, momentum=0.0, *, kappa=1.0, mu=2.0, nesterov=False, weight_decay=0.0, inside=False):
+    """FuSplit LBI (research notes on SplitLBI, section 1): all from the old weights and the old twin."""
+    w, z, m = p0.astype(np.float64).copy(), np.zeros(p0.shape), np.zeros(p0.shape)
+    for g, lr in zip(grads, lrs):
+        coupling = (w - kappa * soft(z, lam)) / mu
+        d = g + weight_decay * w + (coupling if inside else 0)
+        m = momentum * m + d
+        step = d + momentum * m if nesterov else m
+        w = w - kappa * lr * (step + (0 if inside else coupling))
+        z = z + lr * coupling
+    return w

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bregman_cuda import (
+    HSPG,
     L0,
     L1,
     MCP,
@@ -48,6 +49,7 @@ class RuleCase:
     kernel_rule: str = ""
     dual: bool = True  # whether the parameter is prox(delta * dual)
     metric: bool = False  # whether each element has a prox scale of its own
+    twin: bool = False  # whether a sparse twin pulls at the parameter, lam = 0 or not
     dense: bool = False  # whether sparse points lie beside the parameter, which has no zeros
 
     def make(self, params: Any, reg: Regularizer | None, **options: Any) -> SparseOptimizer:
@@ -78,13 +80,16 @@ RULES = {
     "rmda_averaged": RuleCase(RMDA, {"lr": 0.25, "momentum": 0.25}, "rmda", dual=False, dense=True),
     "ramda": RuleCase(RAMDA, {"lr": 0.1, "momentum": 1.0}, "ramda", dual=False, metric=True),
     "ramda_averaged": RuleCase(RAMDA, {"lr": 0.1, "momentum": 0.25}, "ramda", dual=False, metric=True, dense=True),
-    "splitlbi": RuleCase(SplitLBI, {"lr": 0.25, "kappa": 1.5, "mu": 2.0}, "splitlbi", dual=False, dense=True),
+    "splitlbi": RuleCase(
+        SplitLBI, {"lr": 0.25, "kappa": 1.5, "mu": 2.0}, "splitlbi", dual=False, dense=True, twin=True
+    ),
     "splitlbi_nesterov": RuleCase(
         SplitLBI,
         {"lr": 0.25, "mu": 2.0, "momentum": 0.5, "nesterov": True, "weight_decay": 0.1},
         "splitlbi_momentum",
         dual=False,
         dense=True,
+        twin=True,
     ),
     "splitlbi_inside": RuleCase(
         SplitLBI,
@@ -92,8 +97,15 @@ RULES = {
         "splitlbi_momentum",
         dual=False,
         dense=True,
+        twin=True,
     ),
 }
+
+# Rules for some regularizers only, beside those that serve all: their cases are among PAIRS.
+GROUP_RULES = {
+    "hspg": RuleCase(HSPG, {"lr": 0.25, "momentum": 0.5, "start": 0, "epsilon": 0.25}, "half_space", dual=False),
+}
+EVERY_RULE = {**RULES, **GROUP_RULES}
 
 
 ROOTED = {"adabreg", "averaged_proxsgd", "proxadam", "proxadam_amsgrad"}  # with a square root per element
@@ -150,6 +162,7 @@ def _unlisted() -> dict[str, RegCase]:
         name.lower(): case(cls)
         for name, cls in Regularizer.registry.items()
         if cls.__module__.startswith("bregman_cuda.") and dataclasses.is_dataclass(cls) and cls not in listed
+        if not cls.whole  # no kernels: tests/test_envelope.py
     }
 
 
@@ -168,14 +181,17 @@ CONVEX = {name: case for name, case in PENALTIES.items() if getattr(case(), "con
 
 
 def takes(rule: str, reg: str) -> bool:
-    """Whether the rule serves the regularizer: a dual asks for a convex one, a metric for a prox that is known there."""
-    case = RULES[rule]
+    """Whether the rule serves the regularizer: a dual asks for a convex one, a metric for a prox known in it."""
+    case = EVERY_RULE[rule]
+    if rule in GROUP_RULES and reg not in [name for name in GROUP if PENALTIES[name]().elementwise is None]:
+        return reg == "none"
     return reg == "none" or not (
-        (case.dual and reg not in CONVEX) or (case.metric and PENALTIES[reg]().why_not_weighted())
+        (case.dual and reg not in CONVEX)
+        or ((case.metric or rule in GROUP_RULES) and PENALTIES[reg]().why_not_weighted())
     )
 
 
-PAIRS = [(rule, reg) for rule in RULES for reg in REGULARIZERS if takes(rule, reg)]
+PAIRS = [(rule, reg) for rule in EVERY_RULE for reg in REGULARIZERS if takes(rule, reg)]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

@@ -1,4 +1,4 @@
-"""A small model, its gradients, and what an optimizer must not have changed."""
+"""A small model, its gradients, what an optimizer must not have changed, and what must not be read."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import copy
 import registry
 import torch
 from harness import same_bits
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bregman_cuda.optim._rule import COUNTERS
 
@@ -50,3 +51,16 @@ def assert_unchanged(optimizer, before: list) -> None:
     assert before[1].keys() <= now[1].keys()
     assert all(same_bits(now[1][key], value) for key, value in before[1].items()), "a state tensor changed"
     assert repr(now[2]) == repr(before[2]), "an option changed"
+
+
+class NoReads(TorchDispatchMode):
+    """Raises for what makes the host wait for the device: reads of numbers and shapes that depend on values."""
+
+    REFUSED = ("_local_scalar_dense", "nonzero", "is_nonzero", "item", "equal", "masked_select", "_unique2")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in self.REFUSED, name
+        by_mask = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        assert not by_mask, "a boolean index reads its mask"
+        return func(*args, **(kwargs or {}))

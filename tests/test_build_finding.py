@@ -16,7 +16,7 @@ backend = pytest.importorskip("backend", reason="needs the source tree and setup
 import compiling
 import find_torch
 from fake_tools import fake_nvcc, fake_torch
-from toolchain import Missing, Nvcc, find_cxx, find_nvcc, gencode_flags, parse_archs
+from toolchain import Missing, Nvcc, find_cxx, find_nvcc, gencode_flags, parse_archs, visible_archs
 
 NVCC = Nvcc("nvcc", "13.0", ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"))
 
@@ -173,6 +173,22 @@ def test_architectures(wanted, chosen):
 
 def test_default_architectures_of_an_older_nvcc():
     assert parse_archs(None, Nvcc("nvcc", "12.4", ("7.5", "8.0", "9.0")))[-1] == "9.0+PTX"
+
+
+@pytest.mark.parametrize(
+    ("answer", "wanted"),
+    [
+        ("9.0\n9.0\n8.0\n", "8.0;9.0+PTX"),
+        ("7.0\n", ""),  # nvcc does not know it: the default list
+        ("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.\n", ""),
+    ],
+)
+def test_architectures_of_this_machine(tmp_path, answer, wanted):
+    assert visible_archs(NVCC, {"PATH": str(tmp_path)}) == ""
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\ncat <<'END'\n{answer}END\n")
+    smi.chmod(0o755)
+    assert visible_archs(NVCC, {"PATH": str(tmp_path)}) == wanted
 
 
 def test_architectures_that_leave_nothing():

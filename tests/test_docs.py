@@ -66,15 +66,9 @@ def test_page_adds_a_regularizer(tmp_path: Path) -> None:
     "module",
     [
         *(optim.linbreg, optim.adabreg, optim.proxsgd, optim.averaged_proxsgd, optim.proxadam, optim.rmda),
-        *(
-            optim.stages,
-            optim.splitlbi,
-            sparsity.activation_path,
-            regularizers.l1,
-            regularizers.group_lasso,
-            regularizers.l0,
-        ),
+        *(optim.stages, optim.splitlbi, optim.hspg, regularizers.l1, regularizers.group_lasso, regularizers.l0),
         *(regularizers.l_half, regularizers.l_two_thirds, regularizers.mcp, regularizers.scad),
+        *(regularizers.envelope, regularizers.nuclear, sparsity.rigl, sparsity.activation_path),
     ],
     ids=lambda module: module.__name__.rpartition(".")[2],
 )
@@ -124,12 +118,12 @@ def test_both_sides_hold_the_same_names() -> None:
     rules = {cls.name: cls() for cls in all_rules(Rule) if hasattr(cls, "name")}
     assert sorted(rules) == sorted(kernels.rules)
     group = dict(lr=0.1, delta=1.0, momentum=0.5, momentum_style="paper", betas=(0.9, 0.99), eps=1e-8)
-    group |= dict(reg=None, kappa=1.0, mu=2.0, nesterov=True, coupling="inside")
+    group |= dict(reg=None, epsilon=0.1, kappa=1.0, mu=2.0, nesterov=True, coupling="inside")
     group |= dict(rho=0.9, beta=0.9, powers=(0.5, 0.5), weight_decay=0.1, bias_correction="proxgen")
-    for name, (_, slots, hypers, metric) in kernels.rules.items():
+    for name, (_, slots, hypers, metric, fixed) in kernels.rules.items():
         assert list(rules[name].slots) == slots
         assert list(rules[name].hyper(group, 1, *[1.0] * len(rules[name].counters))) == hypers
-        assert rules[name].metric == metric
+        assert (rules[name].metric, rules[name].fixed_slots) == (metric, fixed)
     values = {"lam": 0.1, "l2": 0.1, "gamma": 3.0, "a": 3.7}
     known = bregman_cuda.Regularizer.registry.values()  # also those that other tests defined
     classes = [cls for cls in known if hasattr(cls, "kernel") and cls.__module__.startswith("bregman_cuda.")]

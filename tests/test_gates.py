@@ -39,6 +39,7 @@ def entries(header: str) -> list[str]:
     return re.findall(r"^  X\((\w+), \w+\)", (ROOT / "csrc/math" / header).read_text(), re.MULTILINE)
 
 
+DEFAULTS = (ROOT / "csrc/math/point.h").read_text()
 RULES, PENALTIES = entries("rule_list.h"), entries("penalty_list.h")
 
 
@@ -47,7 +48,8 @@ def constant(rule: str, name: str) -> int:
     for header in (ROOT / "csrc/math/rules").glob("*.h"):
         text = header.read_text()
         if re.search(rf"^struct {rule} ", text, re.MULTILINE):
-            value = re.search(rf"{name} = (\w+);", text).group(1)
+            found = re.search(rf"{name} = (\w+);", text) or re.search(rf"{name} = (\w+);", DEFAULTS)
+            value = found.group(1)
             return {"true": 1, "false": 0}.get(value) or int(value if value.isdigit() else 0)
     raise LookupError(rule)
 
@@ -188,7 +190,9 @@ MASKED = ("true", "false")
 COMMON = ("NoPenalty", "L1")  # the elementwise penalties that rules are compiled with
 WRITING = tuple(rule for rule in RULES if not constant(rule, "kReadsParam"))
 FACTORS = ("OneFactor", "ColumnFactors")
-PLAIN = tuple(rule for rule in RULES if not constant(rule, "kMetric"))  # rules whose group loops recompute points
+PLAIN = tuple(
+    rule for rule in RULES if not constant(rule, "kMetric") and not constant(rule, "kHalfSpace")
+)  # rules whose group loops recompute points
 METRIC = tuple(rule for rule in RULES if constant(rule, "kMetric"))
 BUFFERED = ("float", "double")  # what buffers hold
 FUNCTIONS = {
@@ -204,7 +208,9 @@ FUNCTIONS = {
     "add_squares": ("buffered.h", BUFFERED),
     "add_start": ("buffered.h", BUFFERED),
     "add_step": ("buffered.h", BUFFERED),
+    "add_products": ("buffered.h", BUFFERED),
     "scale_points": ("buffered.h", BUFFERED),
+    "half_space_points": ("buffered.h", BUFFERED),
     "shrink_points": ("buffered.h", BUFFERED),
 }
 

@@ -30,9 +30,9 @@ FORMULAS = {
     "rmda_averaged": oracles.rmda,
     "ramda": oracles.ramda,
     "ramda_averaged": oracles.ramda,
-    "splitlbi": functools.partial(oracles.splitlbi, kappa=1.5, mu=2.0),
-    "splitlbi_nesterov": functools.partial(oracles.splitlbi, mu=2.0, nesterov=True, weight_decay=0.1),
-    "splitlbi_inside": functools.partial(oracles.splitlbi, mu=2.0, coupling="inside"),
+    "splitlbi": functools.partial(oracles.splitlbi, kappa=1.5),
+    "splitlbi_nesterov": functools.partial(oracles.splitlbi, nesterov=True, weight_decay=0.1),
+    "splitlbi_inside": functools.partial(oracles.splitlbi, inside=True),
 }
 LRS = [0.25] * 3 + [0.05] * 2 + [0.5] * (STEPS - 5)  # two changes of the step size
 
@@ -183,7 +183,7 @@ def test_bregman_weights_do_not_shrink_while_they_are_on(driver):
 
 
 @pytest.mark.parametrize("dtype", registry.DTYPES, ids=str)
-@pytest.mark.parametrize(("rule", "reg"), [pair for pair in registry.PAIRS if registry.RULES[pair[0]].dual])
+@pytest.mark.parametrize(("rule", "reg"), [pair for pair in registry.PAIRS if registry.EVERY_RULE[pair[0]].dual])
 def test_prox_of_the_initial_dual_is_the_parameter(driver, rule, reg, dtype):
     """prox(v0) = p0 within the rounding of v0, and a second step without a gradient changes nothing at all."""
     case = registry.REGULARIZERS[reg]

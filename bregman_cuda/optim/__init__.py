@@ -3,6 +3,7 @@
 from ._base import SparseOptimizer as SparseOptimizer
 from .adabreg import AdaBreg as AdaBreg
 from .averaged_proxsgd import AveragedProxSGD as AveragedProxSGD
+from .hspg import HSPG as HSPG
 from .linbreg import LinBreg as LinBreg
 from .proxadam import ProxAdam as ProxAdam
 from .proxsgd import ProxSGD as ProxSGD

@@ -233,7 +233,7 @@ class SparseOptimizer(torch.optim.Optimizer):
     def _plan(self, number: int, group: dict[str, Any], active: Any) -> GroupPlan:
         """The group's plan; built anew when anything but gradients and scalars changed."""
         reg, params = group["reg"], group["params"]
-        kind = (type(reg), getattr(reg, "groups", None), getattr(reg, "weight", None))
+        kind = (type(reg), *(getattr(reg, name, None) for name in ("groups", "weight", "k")))
         key = (active, self._rule(group).name, kind, group["fused"], group["capturable"])
         stepped = params if len(active) == len(params) else [params[i] for i in active]
         pointers = [local(p).data_ptr() for p in stepped] if self._sharded else [p.data_ptr() for p in stepped]

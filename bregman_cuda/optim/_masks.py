@@ -27,6 +27,11 @@ def flat(t: Tensor) -> Tensor:
     return t.as_strided((t.numel(),), (1,))
 
 
+def packed_size(t: Tensor) -> int:
+    """Bytes of a packed mask of this tensor's elements."""
+    return -(-t.numel() // _WORD) * _WORD // 8
+
+
 def pack(mask: Tensor) -> Tensor:
     """uint8 tensor with bit i % 8 of byte i // 8 set where element i is kept."""
     bits = torch.zeros(-(-mask.numel() // _WORD) * _WORD, dtype=torch.uint8, device=mask.device)

@@ -32,9 +32,11 @@ class Rule:
 
     name: str
     slots: tuple[str, ...] = ()  # state tensors of the parameter's shape, in the order of the kernel
+    fixed_slots: int = 0  # how many of them, the first, are read and never written
     reads_param: bool = False  # False: the parameter is a function of the state alone
     late: bool = False  # whether `finish_late` advances the state, and `point` does not
     metric: bool = False  # whether each element has a prox scale of its own
+    half_space: bool = False  # whether groups take the half-space step, with the old parameter for scale
     counters: tuple[str, ...] = ()  # scalars besides the step count, from COUNTERS, that grow once per step
 
     def hyper(self, group: dict[str, Any], step: Any, *counters: Any) -> Hyper:
@@ -56,6 +58,11 @@ class Rule:
     def point(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> tuple[Tensor, float | Tensor]:
         """Update the state in place and return the pre-prox point and its prox scale."""
         raise NotImplementedError
+
+    def shrink(self, reg: Any, z: Tensor, scale: Any, h: Hyper) -> Tensor:
+        """The prox point; anything else than the prox asks for kernels of its own."""
+        point: Tensor = reg.prox(z, scale)
+        return point
 
     def finish(self, q: Tensor, param: Tensor, state: State, h: Hyper) -> Tensor:
         """The new parameter from the prox point."""

@@ -72,9 +72,11 @@ def why_refused(param: Any, reg: Any, rule: Rule, capturable: bool) -> str:
         return ""
     if any(placement.is_partial() for placement in param.placements):
         return "its ranks hold summands (a Partial placement), not parts"
-    if rule.metric and cut_along(param, reg):
+    if reg is not None and reg.whole:
+        return f"{type(reg).__name__} cannot regularize a sharded parameter: {reg.whole}"
+    if (rule.metric or rule.half_space) and cut_along(param, reg):
         return (
-            f"its shards cut its groups, and the prox of {rule.name} has a step size per element: such a group must "
+            f"its shards cut its groups, and {rule.name} needs more of them than their norms: such a group must "
             "be on one rank; choose groups along the sharded dim, or an elementwise regularizer"
         )
     if capturable and cut_along(param, reg):

@@ -80,6 +80,8 @@ def traced_step(optimizer: SparseOptimizer) -> None:
     for group in optimizer.param_groups:
         if group["fused"] is False:
             raise RuntimeError("a compiled step runs kernels: leave fused at None, or step outside torch.compile")
+        if why := _backend.why_reference(group["reg"]):
+            raise RuntimeError(f"a compiled step runs kernels, but {why}: step outside torch.compile")
         if group["check_finite"]:
             raise RuntimeError(
                 "a compiled step cannot raise for NaN: set check_finite=False, or step outside torch.compile"

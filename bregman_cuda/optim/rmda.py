@@ -21,6 +21,7 @@ class DualAveragingRule(Rule):
     """What RMDA and RAMDA share: the sum V of gradients weighted by s_t = lr sqrt(t), and alpha, the sum of s_t."""
 
     slots: tuple[str, ...] = ("start", "gradient_sum")
+    fixed_slots = 1
     reads_param = True
     counters = ("alpha",)
 

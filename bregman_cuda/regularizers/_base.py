@@ -56,6 +56,8 @@ class Regularizer:
     bounds: ClassVar[dict[str, tuple[float, float]]] = {"lam": (0.0, math.inf)}
     above: ClassVar[tuple[str, ...]] = ()  # parameters that must exceed their lower bound
     convex: ClassVar[bool] = True  # Bregman optimizers need it: their dual is a subgradient
+    # Empty, or why the prox needs a whole tensor at once: no composition of phi and psi, so no kernels and no shards.
+    whole: ClassVar[str] = ""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -135,6 +137,8 @@ class Regularizer:
         elementwise phi below, it is the prox of phi followed by that of the norm if phi(t x) = t phi(x) for t >= 0:
         phi's subgradients depend on signs alone then, which shrinking a group keeps.
         """
+        if self.whole:
+            return f"{type(self).__name__} has no known prox: {self.whole}"
         if self.radial is None:
             return ""
         for part, known, where in (
@@ -276,7 +280,7 @@ class Grouped(Regularizer):
     """
 
     groups: str | tuple[int, ...]
-    weight: str
+    weight: str | tuple[float, ...]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "groups":

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._math import clamp
 from ._base import Grouped, Separable
 
 
@@ -46,11 +47,14 @@ class MCP(Separable):
         return self.lam * m - m.square() / (2 * self.gamma)
 
     def _scalar_prox(self, x: Tensor, scale: Tensor) -> Tensor:
-        lam, gamma = scale.new_full((), self.lam), scale.new_full((), self.gamma)  # in the dtype that kernels use
+        lam, gamma = (
+            torch.as_tensor(self.lam, dtype=scale.dtype, device=scale.device),
+            torch.as_tensor(self.gamma, dtype=scale.dtype, device=scale.device),
+        )  # in the dtype that kernels use
         a, threshold, flat, slack = x.abs(), scale * lam, lam * gamma, gamma - scale
         convex = slack > 0
         ratio = torch.where(convex, gamma, threshold) / torch.where(convex, slack, a)
-        shrunk = torch.where(convex, (x - x.clamp(-threshold, threshold)) * ratio, 0.0)
+        shrunk = torch.where(convex, (x - clamp(x, threshold)) * ratio, 0.0)
         end = torch.where(convex, flat, flat * ratio)
         return torch.where(a <= end, shrunk, x)  # NaN stays
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._math import clamp
 from ._base import Grouped, Separable
 
 
@@ -42,10 +43,13 @@ class SCAD(Separable):
         return self.lam * m - (m - self.lam).clamp_min(0).square() / (2 * (self.a - 1))
 
     def _scalar_prox(self, x: Tensor, scale: Tensor) -> Tensor:
-        lam, b = scale.new_full((), self.lam), scale.new_full((), self.a)  # in the dtype that kernels use
+        lam, b = (
+            torch.as_tensor(self.lam, dtype=scale.dtype, device=scale.device),
+            torch.as_tensor(self.a, dtype=scale.dtype, device=scale.device),
+        )  # in the dtype that kernels use
         a, threshold, slack, both = x.abs(), scale * lam, (b - 1) - scale, b + 1
-        soft = x - x.clamp(-threshold, threshold)
-        beyond = soft - soft.clamp(-lam, lam)
+        soft = x - clamp(x, threshold)
+        beyond = soft - clamp(soft, lam)
         convex = slack > 0
         ratio = torch.where(convex, scale, threshold) / torch.where(convex, slack, a)
         shrunk = soft + torch.where(convex, beyond * ratio, 0.0)

@@ -17,6 +17,7 @@ from .resize import layer_sizes as layer_sizes
 from .restart import hold_active as hold_active
 from .restart import reinitialize_filters as reinitialize_filters
 from .restart import scale_filters as scale_filters
+from .rigl import RigL as RigL
 from .statistics import Statistics as Statistics
 from .statistics import StatisticsRecorder as StatisticsRecorder
 from .statistics import read_statistics as read_statistics
@@ -34,6 +35,7 @@ __all__ = [
     "DensityRow",
     "LayerSize",
     "MaskedTraining",
+    "RigL",
     "SparseInitReport",
     "Statistics",
     "StatisticsRecorder",

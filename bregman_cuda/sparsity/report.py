@@ -135,7 +135,7 @@ def optimizer_report(optimizer: SparseOptimizer) -> DensityReport:
         reg = group["reg"]
         names = group.get("param_names") or [f"group {number}, parameter {i}" for i in range(len(group["params"]))]
         for name, parameter in zip(names, group["params"], strict=True):
-            dims = None if reg is None or reg.radial is None else reg.groups_of(parameter.shape)
+            dims = None if reg is None else reg.groups_of(parameter.shape)
             if parameter in last and not optimizer.dense_params:
                 everything.append(_Counted(name, parameter, dims, *last[parameter]))
             else:

@@ -3,7 +3,7 @@
 // costs a user's build a sum of loops and not a product.
 #pragma once
 
-#include "../math/weighted.h"
+#include "../math/half_space.h"
 #include "grouped.h"
 
 BREGMAN_BEGIN
@@ -19,7 +19,7 @@ BREGMAN_LOOP void advance_points(const Arrays<Rule, T> a, int64_t begin, int64_t
     C s[kMaxSlots];
     const Point<C> p = point_of<true, Rule, T, C, kMasked>(a, begin + j, k, s, keep, j);
     z[j] = p.z;
-    if constexpr (Rule::kMetric) scales[j] = p.scale;
+    if constexpr (kPaired<Rule>) scales[j] = p.scale;
   }
 }
 
@@ -152,6 +152,20 @@ BREGMAN_LOOP void add_step(const Matrix<C> m, const Line<C> line, const C* __res
 }
 
 template <class C>
+BREGMAN_LOOP void add_products(const Matrix<C> m, double* __restrict__ a, double* __restrict__ b) {
+  for (int64_t r = 0; r < m.rows; ++r) {
+    const C* __restrict__ z = m.z + r * m.columns;
+    const C* __restrict__ scales = m.scales + r * m.columns;
+#pragma GCC ivdep
+    for (int64_t j = 0; j < m.columns; ++j) {
+      const Sums terms = half_space_terms(z[j], scales[j]);
+      a[j] += terms.a;
+      b[j] += terms.b;
+    }
+  }
+}
+
+template <class C>
 BREGMAN_LOOP void scale_points(const Matrix<C> m, const C* __restrict__ factors) {
   for (int64_t r = 0; r < m.rows; ++r) {
     C* __restrict__ z = m.z + r * m.columns;
@@ -167,6 +181,16 @@ BREGMAN_LOOP void shrink_points(const Matrix<C> m, const C* __restrict__ rho) {
     const C* __restrict__ scales = m.scales + r * m.columns;
 #pragma GCC ivdep
     for (int64_t j = 0; j < m.columns; ++j) z[j] = shrink_weighted(z[j], scales[j], rho[j]);
+  }
+}
+
+template <class C>
+BREGMAN_LOOP void half_space_points(const Matrix<C> m, const C* __restrict__ pull) {
+  for (int64_t r = 0; r < m.rows; ++r) {
+    C* __restrict__ z = m.z + r * m.columns;
+    const C* __restrict__ scales = m.scales + r * m.columns;
+#pragma GCC ivdep
+    for (int64_t j = 0; j < m.columns; ++j) z[j] = half_space(z[j], scales[j], pull[j]);
   }
 }
 
@@ -218,6 +242,16 @@ class BufferedGroups {
     for_parts([&](const Matrix<C>& m) { shrink_points(m, spread_); });
   }
 
+  // The half-space step, with the old parameters for scales.
+  void project(const Line<C>& line, C lr, C epsilon) {
+    clear();
+    for_parts([&](const Matrix<C>& m) { add_products(m, sums_, sums_ + columns_); });
+    total();
+    for (int64_t g = 0; g < count_; ++g) group_[g] = half_space_pull(sums(g), line, lr, epsilon);
+    spread(group_, row_, count_, spread_);
+    for_parts([&](const Matrix<C>& m) { half_space_points(m, spread_); });
+  }
+
  private:
   template <class F>
   void for_parts(F f) const {
@@ -254,15 +288,17 @@ struct PointGroups : TileOf<Rule, T> {
   int32_t run(int64_t base, int64_t count, int32_t* alive) const {
     const int64_t columns = count * row, elements = rows * columns;
     C* z = scratch.template get<C>(4, elements);
-    C* scales = Rule::kMetric ? scratch.template get<C>(5, elements) : z;
+    C* scales = kPaired<Rule> ? scratch.template get<C>(5, elements) : z;
     for (int64_t r = 0; r < rows; ++r)
       advance_any(a, t.mask, this->offset(base, r), columns, k, z + r * columns, scales + r * columns);
     if (k.elementwise.kind != 0) prox_buffer<Rule, C>(z, scales, elements, k);
     BufferedGroups<C> groups(scratch, z, scales, rows, row, count);
+    Line<C> line{};
+    if constexpr (kPaired<Rule>) line_of(k.radial, C(t.weight), line);
     if constexpr (Rule::kMetric) {
-      Line<C> line{};
-      line_of(k.radial, C(t.weight), line);
       groups.shrink_in_metric(line);
+    } else if constexpr (Rule::kHalfSpace) {
+      groups.project(line, k.h.lr, k.h.epsilon);
     } else {
       groups.shrink(uniform_scale<Rule, C>(k.h) * C(t.weight), k.radial);
     }

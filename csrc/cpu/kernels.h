@@ -14,7 +14,7 @@ template <class Rule, class T>
 RunItem pick_penalty(const StepArgs& args, bool grouped) {
   const PenaltyKind kind = PenaltyKind(args.elementwise);
   if (grouped) {
-    if constexpr (!Rule::kMetric) {
+    if constexpr (!kPaired<Rule>) {
       if (kind == PenaltyKind::none) return run_grouped<Rule, NoPenalty, T>;
       if (kind == PenaltyKind::l1) return run_grouped<Rule, L1, T>;
     }

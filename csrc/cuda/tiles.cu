@@ -10,8 +10,8 @@
 namespace bregman {
 
 // What is summed over a group: the squares of its points, or the two sums of a step of the root.
-template <bool kMetric>
-using sums_t = std::conditional_t<kMetric, Sums, double>;
+template <bool kPair>
+using sums_t = std::conditional_t<kPair, Sums, double>;
 
 __device__ __forceinline__ double plus(double x, double y) { return x + y; }
 __device__ __forceinline__ Sums plus(Sums x, Sums y) { return {x.a + y.a, x.b + y.b}; }
@@ -19,11 +19,11 @@ __device__ __forceinline__ double from_lane(double x, int offset) { return __shf
 __device__ __forceinline__ Sums from_lane(Sums x, int offset) { return {from_lane(x.a, offset), from_lane(x.b, offset)}; }
 
 // Per-group arrays, in front of the points in dynamic shared memory.
-template <class C, bool kMetric>
+template <class C, bool kPair>
 struct GroupArrays {
-  sums_t<kMetric> sum[kMaxGroups];
-  sums_t<kMetric> partial[kWarps];
-  double norm[kMetric ? kMaxGroups : 1];
+  sums_t<kPair> sum[kMaxGroups];
+  sums_t<kPair> partial[kWarps];
+  double norm[kPair ? kMaxGroups : 1];
   C factor[kMaxGroups];
   int alive[kMaxGroups];
 };
@@ -75,8 +75,8 @@ struct Panel {
 
 // Adds terms(j, group) of a panel's points to the sums of their groups: a team of neighbouring threads per group, in an
 // order that depends on the panel's shape alone.
-template <class C, bool kMetric, class Terms>
-__device__ __forceinline__ void add_sums(int panel, const TileGeometry& tile, GroupArrays<C, kMetric>& arrays, bool first,
+template <class C, bool kPair, class Terms>
+__device__ __forceinline__ void add_sums(int panel, const TileGeometry& tile, GroupArrays<C, kPair>& arrays, bool first,
                                          Terms terms) {
   // With a single group a panel may end within a row; it is one run then.
   const int row = tile.groups == 1 ? panel : tile.row;
@@ -86,7 +86,7 @@ __device__ __forceinline__ void add_sums(int panel, const TileGeometry& tile, Gr
   const int teams = kThreads / team, lane = int(threadIdx.x) % team;
   for (int start = 0; start < tile.groups; start += teams) {
     const int group = start + int(threadIdx.x) / team;
-    sums_t<kMetric> sum{};
+    sums_t<kPair> sum{};
     if (group < tile.groups)
       for (int j = lane; j < length; j += team)
         sum = plus(sum, terms((j / row) * tile.columns + group * tile.row + j % row, group));
@@ -109,8 +109,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) tile_kernel(const __grid
   using Part = Tile<Rule, T>;
   using C = typename Part::C;
   constexpr int V = Part::V;
-  constexpr bool kMetric = Rule::kMetric;
-  using Shared = GroupArrays<C, kMetric>;
+  constexpr bool kPair = kPaired<Rule>;
+  using Shared = GroupArrays<C, kPair>;
   BREGMAN_DYNAMIC_SHARED(unsigned char, memory);
   Shared& arrays = *reinterpret_cast<Shared*>(memory);
   C* z = reinterpret_cast<C*>(memory + sizeof(Shared));
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) tile_kernel(const __grid
           for (int m = 0; m < V; ++m)
             if (full.value || m < n) {
               z[j + m] = points[m];
-              if constexpr (kMetric) scales[j + m] = scale[m];
+              if constexpr (kPair) scales[j + m] = scale[m];
             }
         });
       loaded = fits;
@@ -170,9 +170,12 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) tile_kernel(const __grid
     __syncthreads();
   };
 
-  if constexpr (kMetric) {
-    Line<C> line{};
-    line_of(k.radial, C(part.t.weight), line);
+  Line<C> line{};
+  if constexpr (kPair) line_of(k.radial, C(part.t.weight), line);
+  if constexpr (Rule::kHalfSpace) {
+    reduce([&](int j, int) { return half_space_terms(z[j], scales[j]); });
+    for_groups([&](int g) { arrays.factor[g] = half_space_pull(arrays.sum[g], line, k.h.lr, k.h.epsilon); });
+  } else if constexpr (kPair) {
     reduce([&](int j, int) { return start_terms(z[j], scales[j], line); });
     for_groups([&](int g) { arrays.norm[g] = root_start(arrays.sum[g], line); });
 #pragma unroll 1
@@ -197,7 +200,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) tile_kernel(const __grid
 #pragma unroll
         for (int m = 0; m < V; ++m) {
           q[m] = full.value || m < n ? z[j + m] : C(0);
-          if constexpr (kMetric) scale[m] = full.value || m < n ? scales[j + m] : C(0);
+          if constexpr (kPair) scale[m] = full.value || m < n ? scales[j + m] : C(0);
         }
       } else {
         part.template point<full.value>(i, n, bits, k, true, q, scale);
@@ -209,7 +212,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) tile_kernel(const __grid
       for (int m = 0; m < V; ++m) {
         groups_of[m] = group;
         if (full.value || m < n) {
-          if constexpr (kMetric) q[m] = shrink_weighted(q[m], scale[m], arrays.factor[group]);
+          if constexpr (Rule::kHalfSpace) q[m] = half_space(q[m], scale[m], arrays.factor[group]);
+          else if constexpr (kPair) q[m] = shrink_weighted(q[m], scale[m], arrays.factor[group]);
           else q[m] *= arrays.factor[group];
         }
         if (tile.groups > 1 && --left == 0) ++group, left = tile.row;
@@ -243,7 +247,7 @@ cudaError_t step_tiles(const PlanView& plan, const void* device_plan, const void
       using T = decltype(storage);
       using C = compute_t<T>;
       const int64_t points = std::min(plan.header().scratch_elements, plan.header().tile_capacity);
-      const size_t bytes = sizeof(GroupArrays<C, Rule::kMetric>) + size_t(points) * sizeof(C) * (1 + Rule::kMetric);
+      const size_t bytes = sizeof(GroupArrays<C, kPaired<Rule>>) + size_t(points) * sizeof(C) * (1 + kPaired<Rule>);
       return for_launches<Rule, C>(plan, device_plan, grads, args, counts, [&](const auto& kernel_args, dim3 blocks) {
         return launch(tile_kernel<Rule, T>, blocks, dim3(kThreads), bytes, stream, kernel_args);
       });

@@ -4,15 +4,23 @@
 //   finish(q, p, s)  gives the new parameter from the prox point q.
 // A driver may ask for the point as often as it likes: group penalties need it for the norms and once more for the
 // step, and it is cheaper to compute than to keep.
-//
-// kFixedSlots: so many slots, the first, are read and never written.
-// kMetric: the prox scale differs from element to element (a diagonal metric).
-// kLate: there is no update: finish(q, g, p, s), which knows the prox point, advances the state.
 #pragma once
 
 #include "hd.h"
 
 BREGMAN_BEGIN
+
+// What a rule says of itself, beside kStateSlots, kReadsParam, kSlotNames and kHyperNames; a rule redeclares what differs.
+struct Rule {
+  static constexpr int kFixedSlots = 0;       // so many slots, the first, are read and never written
+  static constexpr bool kMetric = false;      // the prox scale differs from element to element: a diagonal metric
+  static constexpr bool kLate = false;        // no update: finish(q, g, p, s), which knows the prox point, advances the state
+  static constexpr bool kHalfSpace = false;   // the scale is the old parameter; groups take the half-space step
+};
+
+// Whether each element's scale has to be kept beside its point.
+template <class R>
+constexpr bool kPaired = R::kMetric || R::kHalfSpace;
 
 template <class C>
 struct Point {

@@ -3,6 +3,7 @@
 
 #include "rules/adabreg.h"
 #include "rules/averaged_proxsgd.h"
+#include "rules/half_space.h"
 #include "rules/linbreg.h"
 #include "rules/linbreg_momentum.h"
 #include "rules/proxadam.h"
@@ -26,7 +27,8 @@
   X(RMDA, rmda)                           \
   X(RAMDA, ramda)                         \
   X(SplitLBI, splitlbi)                   \
-  X(SplitLBIMomentum, splitlbi_momentum)
+  X(SplitLBIMomentum, splitlbi_momentum)  \
+  X(HalfSpace, half_space)
 
 BREGMAN_BEGIN
 

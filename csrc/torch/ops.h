@@ -39,7 +39,7 @@ inline std::string describe() {
   std::string text;
 #define X(Functor, name) \
   text += std::string("rule;" #name ";") + Functor::kSlotNames + ";" + Functor::kHyperNames + ";" + \
-          (Functor::kMetric ? "metric" : "") + "\n";
+          (Functor::kMetric ? "metric" : "") + ";" + std::to_string(Functor::kFixedSlots) + "\n";
   BREGMAN_RULES(X)
 #undef X
 #define X(Functor, name) text += std::string("penalty;" #name ";") + Functor::kParameterNames + "\n";
@@ -75,14 +75,14 @@ inline DType dtype_of(const Tensor& t) {
 // What a plan depends on of a rule.
 struct RuleTraits {
   size_t slots;  // state tensors, a 16-bit parameter's master included
-  bool reads_param, metric;
+  bool reads_param, paired;
 };
 
 inline RuleTraits rule_traits(int64_t rule, bool sixteen_bits) {
   int64_t id = 0;
 #define X(Functor, name) \
   if (rule == id++) \
-    return {Functor::kStateSlots + size_t(Functor::kReadsParam && sixteen_bits), Functor::kReadsParam, Functor::kMetric};
+    return {Functor::kStateSlots + size_t(Functor::kReadsParam && sixteen_bits), Functor::kReadsParam, kPaired<Functor>};
   BREGMAN_RULES(X)
 #undef X
   STD_TORCH_CHECK(false, "rule ", rule, " is not one of the ", id, " compiled rules");

@@ -209,7 +209,7 @@ template <class Rule> void oracle(TestTensor& t, const Step& step) {
           sums[group[i]].a += one.a, sums[group[i]].b += one.b;
         }
       };
-      add([&](int64_t i) { return start_terms(q[i], scales[i]); });
+      add([&](int64_t i) { return start_terms(q[i], scales[i], line); });
       for (int64_t g = 0; g < t.numel; ++g) norms[g] = root_start(sums[g], line);
       for (int k = 0; k < kRootSteps<double>; ++k) {
         add([&](int64_t i) { return step_terms(q[i], scales[i], norms[group[i]], line); });

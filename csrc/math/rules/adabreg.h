@@ -5,12 +5,9 @@
 
 BREGMAN_BEGIN
 
-struct AdaBreg {
+struct AdaBreg : Rule {
   static constexpr int kStateSlots = 3;
-  static constexpr int kFixedSlots = 0;
   static constexpr bool kReadsParam = false;
-  static constexpr bool kMetric = false;
-  static constexpr bool kLate = false;
   static constexpr const char* kSlotNames = "dual exp_avg exp_avg_sq";
   static constexpr const char* kHyperNames =
       "beta1 one_minus_beta1 beta2 one_minus_beta2 rate root_correction eps delta";

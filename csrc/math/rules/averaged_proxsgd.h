@@ -6,12 +6,10 @@
 
 BREGMAN_BEGIN
 
-struct AveragedProxSGD {
+struct AveragedProxSGD : Rule {
   static constexpr int kStateSlots = 2;
-  static constexpr int kFixedSlots = 0;
   static constexpr bool kReadsParam = true;
   static constexpr bool kMetric = true;
-  static constexpr bool kLate = false;
   static constexpr const char* kSlotNames = "exp_avg exp_avg_sq";
   static constexpr const char* kHyperNames = "decay gain beta one_minus_beta root_correction eps keep step";
   template <class C>

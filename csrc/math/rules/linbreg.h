@@ -5,12 +5,9 @@
 
 BREGMAN_BEGIN
 
-struct LinBreg {
+struct LinBreg : Rule {
   static constexpr int kStateSlots = 1;
-  static constexpr int kFixedSlots = 0;
   static constexpr bool kReadsParam = false;  // p is a function of the dual
-  static constexpr bool kMetric = false;
-  static constexpr bool kLate = false;
   static constexpr const char* kSlotNames = "dual";
   static constexpr const char* kHyperNames = "lr delta";
   template <class C>

@@ -6,12 +6,9 @@
 
 BREGMAN_BEGIN
 
-struct LinBregMomentum {
+struct LinBregMomentum : Rule {
   static constexpr int kStateSlots = 2;
-  static constexpr int kFixedSlots = 0;
   static constexpr bool kReadsParam = false;
-  static constexpr bool kMetric = false;
-  static constexpr bool kLate = false;
   static constexpr const char* kSlotNames = "dual momentum_buffer";
   static constexpr const char* kHyperNames = "momentum gain rate delta";
   template <class C>

@@ -6,12 +6,10 @@
 
 BREGMAN_BEGIN
 
-struct ProxAdam {
+struct ProxAdam : Rule {
   static constexpr int kStateSlots = 2;
-  static constexpr int kFixedSlots = 0;
   static constexpr bool kReadsParam = true;
   static constexpr bool kMetric = true;
-  static constexpr bool kLate = false;
   static constexpr const char* kSlotNames = "exp_avg exp_avg_sq";
   static constexpr const char* kHyperNames =
       "beta1 one_minus_beta1 beta2 one_minus_beta2 decay_before rate root_correction eps decay_after threshold";

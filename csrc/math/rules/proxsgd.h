@@ -5,12 +5,9 @@
 
 BREGMAN_BEGIN
 
-struct ProxSGD {
+struct ProxSGD : Rule {
   static constexpr int kStateSlots = 0;
-  static constexpr int kFixedSlots = 0;
   static constexpr bool kReadsParam = true;
-  static constexpr bool kMetric = false;
-  static constexpr bool kLate = false;
   static constexpr const char* kSlotNames = "";
   static constexpr const char* kHyperNames = "lr";
   template <class C>

@@ -5,12 +5,9 @@
 
 BREGMAN_BEGIN
 
-struct ProxSGDMomentum {
+struct ProxSGDMomentum : Rule {
   static constexpr int kStateSlots = 1;
-  static constexpr int kFixedSlots = 0;
   static constexpr bool kReadsParam = true;
-  static constexpr bool kMetric = false;
-  static constexpr bool kLate = false;
   static constexpr const char* kSlotNames = "momentum_buffer";
   static constexpr const char* kHyperNames = "lr momentum";
   template <class C>

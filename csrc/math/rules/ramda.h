@@ -7,12 +7,11 @@
 
 BREGMAN_BEGIN
 
-struct RAMDA {
+struct RAMDA : Rule {
   static constexpr int kStateSlots = 3;
   static constexpr int kFixedSlots = 1;
   static constexpr bool kReadsParam = true;
   static constexpr bool kMetric = true;
-  static constexpr bool kLate = false;
   static constexpr const char* kSlotNames = "start gradient_sum square_sum";
   static constexpr const char* kHyperNames = "gain alpha eps keep momentum";
   template <class C>

@@ -6,12 +6,10 @@
 
 BREGMAN_BEGIN
 
-struct RMDA {
+struct RMDA : Rule {
   static constexpr int kStateSlots = 2;
   static constexpr int kFixedSlots = 1;
   static constexpr bool kReadsParam = true;
-  static constexpr bool kMetric = false;
-  static constexpr bool kLate = false;
   static constexpr const char* kSlotNames = "start gradient_sum";
   static constexpr const char* kHyperNames = "gain inverse_root scale keep momentum";
   template <class C>

@@ -7,11 +7,9 @@
 
 BREGMAN_BEGIN
 
-struct SplitLBI {
+struct SplitLBI : Rule {
   static constexpr int kStateSlots = 1;
-  static constexpr int kFixedSlots = 0;
   static constexpr bool kReadsParam = true;
-  static constexpr bool kMetric = false;
   static constexpr bool kLate = true;
   static constexpr const char* kSlotNames = "dual";
   static constexpr const char* kHyperNames = "lr rate kappa mu weight_decay";

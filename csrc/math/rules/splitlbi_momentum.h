@@ -7,11 +7,9 @@
 
 BREGMAN_BEGIN
 
-struct SplitLBIMomentum {
+struct SplitLBIMomentum : Rule {
   static constexpr int kStateSlots = 2;
-  static constexpr int kFixedSlots = 0;
   static constexpr bool kReadsParam = true;
-  static constexpr bool kMetric = false;
   static constexpr bool kLate = true;
   static constexpr const char* kSlotNames = "dual momentum_buffer";
   static constexpr const char* kHyperNames = "lr rate kappa mu weight_decay momentum nesterov inside outside";

@@ -1,0 +1,199 @@
+"""GroupEnvelope: the tightest convex stand-in for "at most k groups, and weight decay on them"."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Union
+
+import torch
+from torch import Tensor
+
+from ._base import Grouped, Regularizer, Step, check_number
+
+_INFINITE = 1e300  # stands for an infinite norm in the sums below, so that no inf - inf or inf / inf arises
+
+
+@dataclass
+class GroupEnvelope(Grouped):
+    """J(x) = lam * E(x), E the convex envelope of  1/2 sum_G d_G ||x_G||^2  over x with at most k non-zero groups.
+
+    E(x) = 1/2 min { sum_G d_G ||x_G||^2 / u_G : 0 <= u <= 1, sum_G u_G <= k }, with conjugate E*(y) = half the sum of
+    the k largest ||y_G||^2 / d_G (weighted group sparse envelope, WGSEF; Beck and Refael's sparse envelope for groups
+    of one element). k counts the groups of one tensor. Where x has at most k non-zero groups, J is plain weight
+    decay; beyond, groups compete: the k-th largest sets the bar. One prox shrinks, too, and rarely leaves exactly k.
+
+    It couples all groups of a tensor, so that it runs in plain torch (`fused=True` is refused). No value is read back
+    from the device; a tuple of weights is copied to it each time. A NaN fills its group and leaves the others as if
+    that group were zero. For a k per layer give `param_groups` a function:
+    ``weights=lambda name, p: GroupEnvelope(0.1, k=max(1, len(p) // 4))``.
+
+    Args:
+        lam: strength, >= 0; 0 is the identity.
+        k: how many groups are free of the extra shrinkage, from 1 to the number of groups of the tensor.
+        groups: as in `GroupLasso`.
+        weight: d_G. "none" (1), "sqrt_size" (as w_G in `GroupLasso`), or a tuple of numbers > 0, one per group in
+            index order.
+
+    Raises:
+        ValueError, TypeError: a value out of its range; by `groups_of`, and so when an optimizer is made: a tensor
+            with fewer than k groups, without the dims of `groups`, or with another number of groups than weights.
+
+    >>> GroupEnvelope(1.0, k=1).prox(torch.tensor([[6.0, 8.0], [0.3, 0.4], [3.0, 4.0]]), 1.0)
+    tensor([[3., 4.],
+            [0., 0.],
+            [0., 0.]])
+    """
+
+    lam: float
+    k: int
+    groups: str | tuple[int, ...] = "out"
+    weight: str | tuple[float, ...] = "none"
+    whole = "it shares k among all groups of a tensor"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "k":
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"GroupEnvelope: k must be an int, got {value!r}")
+            if value < 1:
+                raise ValueError(f"GroupEnvelope: k must be >= 1, got {value!r}")
+        if name == "weight" and isinstance(value, (tuple, list)):
+            Regularizer.__setattr__(self, name, _check_weights(value))
+        else:
+            super().__setattr__(name, value)
+
+    def groups_of(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """See `Regularizer.groups_of`.
+
+        Raises:
+            ValueError: the tensor has too few dimensions, too few groups for k, or not as many as there are weights.
+        """
+        dims = super().groups_of(shape)
+        count = math.prod(shape[d] for d in dims)
+        if math.prod(shape) and self.k > count:
+            raise ValueError(
+                f"GroupEnvelope: k={self.k} is more than the {count} groups (groups={self.groups!r}) "
+                f"of a tensor of shape {tuple(shape)}"
+            )
+        if not isinstance(self.weight, str) and len(self.weight) != count:
+            raise ValueError(
+                f"GroupEnvelope: {len(self.weight)} weights do not fit the {count} groups (groups={self.groups!r}) "
+                f"of a tensor of shape {tuple(shape)}"
+            )
+        return dims
+
+    def value(self, x: Tensor) -> Tensor:
+        self.groups_of(x.shape)
+        if not x.numel():
+            return x.new_zeros(())
+        # The best u is a constant for the derivative (envelope theorem), so autograd gives d_G x_G / u_G.
+        stretch = self._stretch(x.detach())
+        return 0.5 * (self.lam * x.double().square() * stretch).sum().to(x.dtype)
+
+    def prox(self, x: Tensor, step: Step) -> Tensor:
+        self.groups_of(x.shape)
+        if not x.numel():
+            return x
+        norms = self.group_norms(x.double())
+        scale = torch.as_tensor(step, dtype=torch.float64, device=x.device) * self.lam
+        decay = (scale * self._weights(x)).expand_as(norms)
+        share = _shares(_finite(norms).flatten(), decay.flatten(), self.k).view_as(norms)
+        factor = torch.where(decay == 0, torch.ones_like(share), share / (share + decay))
+        return x * torch.where(norms.isnan(), norms, factor).to(x.dtype)
+
+    def subgradient(self, x: Tensor) -> Tensor:
+        self.groups_of(x.shape)
+        return x * (self.lam * self._stretch(x)).to(x.dtype) if x.numel() else torch.zeros_like(x)
+
+    def subdiff_distance(self, x: Tensor, grad: Tensor) -> Tensor:
+        norms = self.group_norms(x)
+        if not x.numel():
+            return norms
+        bar = self.lam * self._weights(x).sqrt() * self._level(x)  # a zero group's subgradients: the ball ||y|| <= bar
+        at_zero = (self.group_norms(grad.double()) - bar).clamp_min(0).to(x.dtype)
+        return torch.where(norms == 0, at_zero, self.group_norms(grad + self.subgradient(x)))
+
+    def lam_max(self, grad: Tensor) -> float:
+        """Infinite unless grad is zero: near zero J is quadratic, and no lam holds x there."""
+        return math.inf if grad.numel() and bool((grad != 0).any()) else 0.0
+
+    def _weights(self, x: Tensor) -> Tensor:
+        """d_G in float64, one per group or one for all."""
+        if isinstance(self.weight, str):
+            return torch.full((), self.group_weight(x.shape), dtype=torch.float64, device=x.device)
+        dims = self.groups_of(x.shape)
+        view = [n if d in dims else 1 for d, n in enumerate(x.shape)]
+        return torch.tensor(self.weight, dtype=torch.float64, device=x.device).view(view)
+
+    def _sizes(self, x: Tensor) -> Tensor:
+        return _finite(self.group_norms(x.double()) * self._weights(x).sqrt())
+
+    def _level(self, x: Tensor) -> Tensor:
+        """The t of  u_G = min(1, s_G / t),  s_G = sqrt(d_G) ||x_G||: zero with fewer than k non-zero groups."""
+        sizes = self._sizes(x).flatten().sort(descending=True).values
+        tails = sizes.flip(0).cumsum(0).flip(0)[: self.k]  # sums from the small end: nothing cancels
+        # With the N largest at u = 1 the others share k - N. The right N is the first at which none of them exceeds 1;
+        # N = k - 1 always qualifies, as a sum is no smaller than its largest term.
+        levels = tails / torch.arange(self.k, 0, -1, dtype=torch.float64, device=x.device)
+        first = (levels >= sizes[: self.k]).int().argmax()
+        return levels.gather(0, first.view(1)).view(())
+
+    def _stretch(self, x: Tensor) -> Tensor:
+        """d_G / u_G per group in float64; for a zero group, where any number serves, d_G. NaN for a NaN group."""
+        sizes = self._sizes(x)
+        ratio = self._level(x) / torch.where(sizes > 0, sizes, torch.full_like(sizes, torch.inf))
+        return torch.where(self.group_norms(x).isnan(), torch.nan, ratio.clamp_min(1) * self._weights(x))
+
+
+def _finite(norms: Tensor) -> Tensor:
+    return norms.nan_to_num(nan=0.0, posinf=_INFINITE)
+
+
+def _shares(norms: Tensor, decay: Tensor, k: int) -> Tensor:
+    """The u of the prox: u_G(eta) = clip(eta ||x_G|| sqrt(c_G) - c_G, 0, 1) with sum k; c_G = step * lam * d_G.
+
+    The sum is piecewise linear and increasing in eta with two breakpoints per group. A binary search over the sorted
+    breakpoints, whose length the shape tells, finds the piece that holds the root, and one division solves it there:
+    exact up to rounding, as no sum mixes signs, and without a tolerance, a starting point or a look at the data by the
+    host. With at most k non-zero groups all of them have u = 1.
+
+    Args:
+        norms, decay: float64 of shape (groups,), finite.
+    """
+    slope = norms * decay.sqrt()
+    moves = slope > 0
+    divisor = torch.where(moves, slope, torch.ones_like(slope))
+    begins = torch.where(moves, decay / divisor, torch.zeros_like(slope))
+    ends = torch.where(moves, (1 + decay) / divisor, torch.zeros_like(slope))
+    points = torch.cat([begins, ends]).sort().values
+
+    low = torch.zeros(1, dtype=torch.int64, device=norms.device)
+    high = torch.full_like(low, len(points) - 1)
+    # The sum is < k at points[low]: strictly, so that of a flat piece with sum k the lower end is found.
+    for _ in range(len(points).bit_length()):
+        middle = (low + high) // 2
+        below = (points.gather(0, middle) * slope - decay).clamp(0, 1).sum() < k
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    point = points.gather(0, low)
+
+    linear = (begins <= point) & (point < ends)
+    full = (ends <= point) & moves
+    zero = torch.zeros_like(slope)
+    rise = torch.where(linear, slope, zero).sum()
+    eta = (k - full.sum() + torch.where(linear, decay, zero).sum()) / rise
+    eta = torch.where(rise > 0, eta, point)  # on a flat piece the sum is k already
+    share = torch.where(linear, (eta * slope - decay).clamp(0, 1), full.to(slope.dtype))
+    alive = norms > 0
+    return torch.where(alive.sum() <= k, alive.to(share.dtype), share)
+
+
+def _check_weights(weights: Union[tuple[Any, ...], list[Any]]) -> tuple[float, ...]:
+    for index, weight in enumerate(weights):
+        name = f"weight[{index}]"
+        if torch.is_tensor(weight):
+            raise TypeError(f"GroupEnvelope: {name} must be a number, got a tensor")
+        check_number("GroupEnvelope", name, weight)
+        if weight == 0:
+            raise ValueError(f"GroupEnvelope: {name} must be > 0, got {weight!r}")
+    return tuple(map(float, weights))

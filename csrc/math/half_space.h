@@ -1,0 +1,33 @@
+// The half-space step of a group (HSPG, Chen et al., 2020): from p, with z = p - lr m, the trial point is
+// x = z - lr phi'(||p||) p / ||p||. It becomes the new group, or zero if it has left the half space in which p lies:
+// <x, p> < epsilon ||p||^2. Groups at zero stay there.
+#pragma once
+
+#include "weighted.h"
+
+BREGMAN_BEGIN
+
+// What an element adds: p^2 and z p.
+template <class C>
+BREGMAN_HD Sums half_space_terms(C z, C p) {
+  return {double(p) * double(p), double(z) * double(p)};
+}
+
+// The pull toward zero, lr phi'(||p||) / ||p||; negative for a group that becomes (or stays) zero.
+template <class C>
+BREGMAN_HD C half_space_pull(const Sums& sums, const Line<C>& line, C lr, C epsilon) {
+  if (sums.a == 0) return C(-1);
+  const double norm = square_root(sums.a);
+  const double slope = double(line.level) - double(line.slope) * norm;
+  const C pull = C(double(lr) * (slope > 0 ? slope : 0) / norm);
+  const bool left = sums.b - double(pull) * sums.a < double(epsilon) * sums.a;  // not with NaN
+  return left ? C(-1) : pull;
+}
+
+// The new element; NaN and Inf show in a group that becomes zero, too.
+template <class C>
+BREGMAN_HD C half_space(C z, C p, C pull) {
+  return select(pull < C(0), z - z, z - p * pull);
+}
+
+BREGMAN_END
