@@ -68,7 +68,7 @@ def test_page_adds_a_regularizer(tmp_path: Path) -> None:
         *(optim.linbreg, optim.adabreg, optim.proxsgd, optim.averaged_proxsgd, optim.proxadam, optim.rmda),
         *(optim.stages, optim.splitlbi, optim.hspg, regularizers.l1, regularizers.group_lasso, regularizers.l0),
         *(regularizers.l_half, regularizers.l_two_thirds, regularizers.mcp, regularizers.scad),
-        *(regularizers.envelope, regularizers.nuclear, sparsity.rigl),
+        *(regularizers.envelope, regularizers.nuclear, sparsity.rigl, sparsity.activation_path),
     ],
     ids=lambda module: module.__name__.rpartition(".")[2],
 )
@@ -85,6 +85,27 @@ def test_readme_python(capsys: pytest.CaptureFixture[str]) -> None:
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
     assert "density" in capsys.readouterr().out
+
+
+def test_splitlbi_page(capsys: pytest.CaptureFixture[str]) -> None:
+    """The example runs, says what it should, and every name of ours in the table exists."""
+    pytest.importorskip("sklearn")
+    page = (ROOT / "docs" / "splitlbi.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(block, "splitlbi.md", "exec"), {})
+    printed = capsys.readouterr().out
+    dense, projected, ticket = (float(x) for x in re.findall(r"(?:dense|projected|ticket) (\d\.\d+)", printed))
+    shares = [float(x) for x in re.findall(r"density (\d\.\d+)", printed)]
+    assert dense > 0.95
+    assert projected > dense - 0.02
+    assert ticket > 0.95
+    assert all(0.01 < share < 0.25 for share in shares)
+    ours = [row.split("|")[2] for row in page.splitlines() if row.startswith("| `")]
+    names = {name for cell in ours for name in re.findall(r"`(?:with )?(?:optimizer\.)?(\w+)\(", cell)}
+    elsewhere = {"where", "step", "abs", "prox"}
+    assert {"prune_by_order", "grow_layer", "projected", "residue"} <= names
+    for name in names - elsewhere:
+        assert hasattr(bregman_cuda, name) or hasattr(bregman_cuda.SplitLBI, name), name
 
 
 def test_both_sides_hold_the_same_names() -> None:

@@ -15,6 +15,7 @@ NAMES = {
     "proxadam": "ProxAdam",
     "rmda": "RMDA",
     "ramda": "RAMDA",
+    "splitlbi": "SplitLBI, projected",
     "adam": "Adam",
 }
 # Okabe-Ito colours, told apart by colour-blind readers; line styles serve prints in grey.
@@ -26,6 +27,7 @@ _STYLES = {
     "proxadam": ("#F0E442", "-"),
     "rmda": ("#CC79A7", "--"),
     "ramda": ("#CC79A7", "-"),
+    "splitlbi": ("#56B4E9", "-."),
     "adam": ("#555555", ":"),
 }
 

@@ -13,7 +13,7 @@ from torch import nn
 from ..optim import Restarts
 from ..regularizers import L1, GroupLasso, Regularizer, SparseGroupLasso
 
-OPTIMIZERS = ("adabreg", "linbreg", "linbreg-momentum", "proxsgd", "proxadam", "rmda", "ramda", "adam")
+OPTIMIZERS = ("adabreg", "linbreg", "linbreg-momentum", "proxsgd", "proxadam", "rmda", "ramda", "splitlbi", "adam")
 REGULARIZERS = ("l1", "group-out", "group-in", "group-kernel", "sparse-group", "none")
 
 
@@ -28,6 +28,7 @@ class Setting:
     reg: str = "l1"
     delta: float = 1.0
     momentum: float = 0.0
+    mu: float = 100.0  # of SplitLBI
     density: float = 0.01
     bias_scale: float = 1.0
     epochs: int = 40
@@ -102,6 +103,7 @@ _TABLES: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
         "proxadam": dict(lr=2e-3, lam=1.5e-3, density=1.0, schedule="cosine"),
         "rmda": dict(lr=0.1, lam=2e-3, momentum=0.25, density=1.0, schedule="stages"),
         "ramda": dict(lr=1e-2, lam=3e-4, momentum=0.25, density=1.0, schedule="stages"),
+        "splitlbi": dict(lr=0.1, lam=1.0, mu=5.0, momentum=0.9, density=1.0, schedule="cosine"),
         "adam": dict(lr=1e-3, **_DENSE),
     },
     # The authors' ConvNet notebook, except for its 100 epochs; density is that of kernels and of matrix elements.
@@ -111,9 +113,10 @@ _TABLES: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
         "linbreg": dict(lr=0.07, lam=0.5),
         "linbreg-momentum": dict(lr=0.07, lam=0.5, momentum=0.9),
         "proxsgd": dict(lr=0.1, lam=1e-3, density=1.0),
-        "proxadam": dict(lr=1e-3, lam=1e-3, density=1.0),  # these three are not tuned
+        "proxadam": dict(lr=1e-3, lam=1e-3, density=1.0),  # these four are not tuned
         "rmda": dict(lr=0.1, lam=1e-3, momentum=0.25, density=1.0, schedule="stages"),
         "ramda": dict(lr=1e-2, lam=1e-3, momentum=0.25, density=1.0, schedule="stages"),
+        "splitlbi": dict(lr=0.01, lam=0.1, mu=100.0, momentum=0.9, density=1.0),
         "adam": dict(lr=1e-3, **_DENSE),
     },
     # The authors' MLP notebook (lr 0.1, lam 0.1); AdaBreg's lr is not in the paper.
@@ -126,6 +129,7 @@ _TABLES: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
         "proxadam": dict(lr=1e-3, lam=1e-4, density=1.0),  # nor these
         "rmda": dict(lr=0.1, lam=1e-4, momentum=0.25, density=1.0, schedule="stages"),
         "ramda": dict(lr=1e-2, lam=1e-4, momentum=0.25, density=1.0, schedule="stages"),
+        "splitlbi": dict(lr=0.01, lam=0.1, mu=100.0, momentum=0.9, density=1.0),
         "adam": dict(lr=1e-3, **_DENSE),
     },
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -84,6 +85,8 @@ def make_optimizer(model: nn.Sequential, setting: Setting, fused: bool | None = 
         return optim.ProxSGD(groups, lr=setting.lr, momentum=setting.momentum, fused=fused)
     if setting.optimizer == "proxadam":
         return optim.ProxAdam(groups, lr=setting.lr, fused=fused)
+    if setting.optimizer == "splitlbi":
+        return optim.SplitLBI(groups, lr=setting.lr, mu=setting.mu, momentum=setting.momentum, fused=fused)
     if setting.optimizer in ("rmda", "ramda"):
         kind = optim.RMDA if setting.optimizer == "rmda" else optim.RAMDA
         return kind(groups, lr=setting.lr, momentum=setting.momentum, fused=fused)
@@ -110,6 +113,8 @@ def train(
 ) -> Run:
     """Train a model from scratch and test it after every epoch; nothing is chosen by the test data.
 
+    What is tested and counted with SplitLBI is the projection of the model on the support of its twin.
+
     Args:
         setting: model, optimizer and hyper-parameters.
         data: what to train on.
@@ -125,16 +130,17 @@ def train(
     schedule = setting.schedule_for(optimizer)
     order = torch.Generator().manual_seed(seed)
     run = Run(setting, data.name, seed)
-    run.epochs.append(_epoch(model, data, 0, math.nan, setting.lr, 0.0, 0.0))
+    run.epochs.append(_epoch(model, optimizer, data, 0, math.nan, setting.lr, 0.0, 0.0))
     for number in range(1, setting.epochs + 1):
         lr = optimizer.param_groups[0]["lr"]
         loss, seconds, in_optimizer = _train_epoch(model, optimizer, setting.batch_size, data, order, on_batch)
-        run.epochs.append(_epoch(model, data, number, loss, lr, seconds, in_optimizer))
+        run.epochs.append(_epoch(model, optimizer, data, number, loss, lr, seconds, in_optimizer))
         if not math.isfinite(loss):
             run.diverged = True
             break
         schedule(loss)
-    run.weights = density(model)
+    with _sparse(optimizer):
+        run.weights = density(model)
     return run
 
 
@@ -172,9 +178,22 @@ def _now(device: torch.device) -> float:
 
 
 def _epoch(
-    model: nn.Module, data: Dataset, number: int, loss: float, lr: float, seconds: float, in_optimizer: float
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: Dataset,
+    number: int,
+    loss: float,
+    lr: float,
+    seconds: float,
+    in_optimizer: float,
 ) -> Epoch:
-    return Epoch(number, loss, accuracy(model, data), density(model).density, lr, seconds, in_optimizer)
+    with _sparse(optimizer):
+        return Epoch(number, loss, accuracy(model, data), density(model).density, lr, seconds, in_optimizer)
+
+
+def _sparse(optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
+    """Inside, the model is what the optimizer gives away as sparse."""
+    return optimizer.projected() if isinstance(optimizer, optim.SplitLBI) else nullcontext()
 
 
 @torch.no_grad()

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..reference import state_dtype
 from ..regularizers import Regularizer
 from ..regularizers._base import check_number
 from ._base import SparseOptimizer
 from ._rule import Hyper, Rule, State, number
-from ._shards import local
+from ._shards import cut_along, local, sharded_as
 from .linbreg import check_momentum
 
 
@@ -84,7 +85,8 @@ class SplitLBI(SparseOptimizer):
     order is the path that `sparse_twin`, `projected`, tickets and pruning read. Gamma is not stored: it is a function
     of z. Groups with `reg=None` have no twin and take the SGD step with rate kappa lr.
 
-    kappa and lr are not independent: with kappa lr fixed, kappa scales lam. Keep kappa lr < 2 / (curvature + 2 / mu).
+    kappa and lr are not independent: with kappa lr fixed, kappa scales lam. Without momentum, keep
+    kappa lr < 2 / (curvature + 2 / mu); `stable_rate` has the sharp bounds.
 
     Args:
         params, reg, maximize, fused, count_nonzeros, check_finite, capturable: as in `LinBreg`.
@@ -135,7 +137,8 @@ class SplitLBI(SparseOptimizer):
         super().__init__(params, defaults, maximize, fused, count_nonzeros, check_finite, capturable)
         for group in self.param_groups:
             if group["reg"] is not None and group["curvature"] is not None and not torch.is_tensor(group["lr"]):
-                limit = stable_rate(group["curvature"], group["mu"])
+                style = (group["momentum"], group["nesterov"], group["coupling"])
+                limit = stable_rate(group["curvature"], group["mu"], *style)
                 if group["kappa"] * group["lr"] >= limit:
                     warnings.warn(
                         f"SplitLBI: kappa * lr = {group['kappa'] * group['lr']:g} is not stable for curvature "
@@ -145,9 +148,7 @@ class SplitLBI(SparseOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         for name in ("kappa", "mu"):
-            check_number("SplitLBI", name, group[name])
-            if group[name] == 0:
-                raise ValueError(f"SplitLBI: {name} must be > 0, got {group[name]!r}")
+            check_number("SplitLBI", name, group[name], above=True)
         check_momentum("SplitLBI", group["momentum"])
         check_number("SplitLBI", "weight_decay", group["weight_decay"])
         if group["curvature"] is not None:
@@ -166,6 +167,20 @@ class SplitLBI(SparseOptimizer):
                 return group
         raise KeyError("SplitLBI: not a parameter of this optimizer")
 
+    def _twin(self, param: Tensor) -> Tensor:
+        """The twin in the state's dtype: small entries of a 16-bit parameter's twin count as active, too."""
+        group, state = self._group_of(param), self.state.get(param, {})
+        reg: Regularizer | None = group["reg"]
+        if reg is None:
+            raise ValueError("SplitLBI: the parameter's group has reg=None, hence no sparse twin")
+        twin = torch.zeros_like(param, dtype=state_dtype(param))
+        if "dual" in state and cut_along(param, reg):  # norms need the whole groups
+            whole = sharded_as(param, reg.prox(state["dual"].full_tensor(), 1.0))
+            local(twin).copy_(local(whole) * group["kappa"])
+        elif "dual" in state:
+            local(twin).copy_(reg.prox(local(state["dual"]), 1.0) * group["kappa"])
+        return twin
+
     @torch.no_grad()
     def sparse_twin(self, param: Tensor) -> Tensor:
         """Gamma = kappa prox_J(z) of a parameter, in its dtype and shape; zeros before the first step.
@@ -174,22 +189,21 @@ class SplitLBI(SparseOptimizer):
             KeyError: not a parameter of this optimizer.
             ValueError: its group has no regularizer, hence no twin.
         """
-        group = self._group_of(param)
-        if group["reg"] is None:
-            raise ValueError("sparse_twin: the parameter's group has reg=None, hence no sparse twin")
-        twin = torch.zeros_like(param)
-        if "dual" in self.state.get(param, {}):
-            local(twin).copy_(group["reg"].prox(local(self.state[param]["dual"]), 1.0) * group["kappa"])
-        return twin
+        return self._twin(param).to(param.dtype)
 
+    @torch.no_grad()
     def prox_point(self, param: Tensor) -> Tensor:
         """The sparse twin, which `density` counts; a parameter without one is itself."""
         return param.detach() if self._group_of(param)["reg"] is None else self.sparse_twin(param)
 
     @torch.no_grad()
     def support(self, param: Tensor) -> Tensor:
-        """Bool tensor of a parameter's shape: where its twin is active; whole groups where these are penalized."""
-        twin, reg = self.sparse_twin(param), self._group_of(param)["reg"]
+        """Bool tensor of a parameter's shape: where its twin is active; whole groups where these are penalized.
+
+        Raises:
+            KeyError, ValueError: as `sparse_twin`.
+        """
+        twin, reg = self._twin(param), self._group_of(param)["reg"]
         dims = reg.groups_of(param.shape)
         if dims is None or reg.elementwise is not None or not twin.numel():
             return twin != 0
@@ -200,7 +214,8 @@ class SplitLBI(SparseOptimizer):
     def projected(self) -> Iterator[None]:
         """Inside, every parameter with a twin is w where its twin is active and 0 elsewhere; afterwards w again.
 
-        The memory of the parameters stays where it is. w comes back whatever happens inside, an error included.
+        The memory of the parameters stays where it is. w comes back whatever happens inside: an error, steps and other
+        changes of the parameters (they are undone), the same context once more.
         """
         dense = []
         try:
@@ -217,43 +232,73 @@ class SplitLBI(SparseOptimizer):
 
     @torch.no_grad()
     def residue(self, param: Tensor) -> Tensor:
-        """||w - Gamma||^2 of a parameter, a 0-dim tensor; divided by 2 mu it is the coupling's energy."""
-        return (param.detach() - self.sparse_twin(param)).square().sum()
+        """||w - Gamma||^2 of a parameter, a 0-dim tensor of the state's dtype; divided by 2 mu, the coupling's energy.
+
+        Raises:
+            KeyError, ValueError: as `sparse_twin`.
+        """
+        twin = self._twin(param)
+        return (param.detach().to(twin.dtype) - twin).square().sum()
 
     @torch.no_grad()
     def steps_to_entry(self, param: Tensor) -> float:
-        """After how many more steps the first inactive entry (or group) enters the twin, if w and lr stay as they are.
+        """After how many more steps the first entry (or group) enters the twin, if w and lr stay as they are.
 
         0 if something is active already, infinite where nothing moves. Reads from the device.
 
         Raises:
-            ValueError: no regularizer.
+            KeyError, ValueError: as `sparse_twin`.
         """
-        group = self._group_of(param)
-        twin, reg = self.sparse_twin(param), group["reg"]
+        twin, group, state = self._twin(param), self._group_of(param), self.state.get(param, {})
         if bool(twin.any()) or not twin.numel():
             return 0.0
-        dual = self.state[param]["dual"] if "dual" in self.state.get(param, {}) else torch.zeros_like(param)
-        pace = float(group["lr"]) / group["mu"] * param.detach().double()
+        dual = state["dual"].double() if "dual" in state else torch.zeros_like(twin, dtype=torch.float64)
+        pace = float(group["lr"]) / group["mu"] * state.get("master", param.detach()).double()
         low, high = 0.0, 1.0
-        while not bool(reg.prox(dual.double() + high * pace, 1.0).any()):
+        while not bool(group["reg"].prox(dual + high * pace, 1.0).any()):
             low, high = high, 2 * high
             if high > 1e12:
                 return math.inf
         while high - low > 1e-6 * high:
             middle = 0.5 * (low + high)
-            entered = bool(reg.prox(dual.double() + middle * pace, 1.0).any())
+            entered = bool(group["reg"].prox(dual + middle * pace, 1.0).any())
             low, high = (low, middle) if entered else (middle, high)
         return high
 
 
-def stable_rate(curvature: float, mu: float) -> float:
-    """The kappa * lr below which SplitLBI without momentum is stable: 2 / (curvature + 2 / mu).
+def stable_rate(
+    curvature: float, mu: float, momentum: float = 0.0, nesterov: bool = False, coupling: str = "outside"
+) -> float:
+    """The kappa * lr below which SplitLBI is stable on a quadratic of that curvature once the twin is active.
 
-    Sufficient on a quadratic of that largest curvature once the twin is active (the coupled system's largest eigenvalue
-    is below curvature + 2 / mu).
+    There (m, w, Gamma) follows a linear map; the bound is where its spectral radius passes 1. Without momentum it is
+    2 / l with l = (h + 2/mu + sqrt(h^2 + 4/mu^2)) / 2 <= h + 2 / mu, the largest eigenvalue of the coupled system.
+
+    Raises:
+        ValueError, TypeError: curvature < 0 or mu <= 0.
+
+    >>> round(stable_rate(1.0, 1.0), 3), round(stable_rate(1.0, 1.0, momentum=0.9), 3)
+    (0.764, 0.871)
     """
-    return 2 / (curvature + 2 / mu)
+    check_number("stable_rate", "curvature", curvature)
+    check_number("stable_rate", "mu", mu, above=True)
+    inside = float(coupling == "inside")
+    ahead, own = (momentum, 1.0) if nesterov else (1.0, 0.0)
+
+    def stable(rate: float) -> bool:
+        direction = torch.tensor([0.0, curvature + inside / mu, -inside / mu], dtype=torch.float64)
+        coupled = torch.tensor([0.0, 1 / mu, -1 / mu], dtype=torch.float64)
+        identity = torch.eye(3, dtype=torch.float64)
+        m = momentum * identity[0] + direction
+        w = identity[1] - rate * (ahead * m + own * direction + (1 - inside) * coupled)
+        twin = identity[2] + rate * coupled
+        return float(torch.linalg.eigvals(torch.stack([m, w, twin])).abs().max()) <= 1 + 1e-9
+
+    low, high = 0.0, 4 / max(curvature, 1 / mu)
+    for _ in range(50):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if stable(middle) else (low, middle)
+    return low
 
 
 _MOMENTUM, _PLAIN = SplitLBIMomentumRule(), SplitLBIRule()
