@@ -19,6 +19,7 @@ from bregman_cuda import (
     AdaBreg,
     GroupLasso,
     LinBreg,
+    NonnegL1,
     SplitLBI,
     StatisticsRecorder,
     TicketRecorder,
@@ -154,6 +155,19 @@ def test_single_weights_make_filters():
     assert path.first("1.weight", "filter").tolist() == [1, 0]  # output channels are dim 1 there (slbi.md 4.19)
     masks = prune_by_order(path, 50, "1.weight")
     assert masks["1.weight"].any(2).any(0).tolist() == [False, True]
+
+
+def test_of_those_that_entered_together_the_larger_twin_comes_first():
+    """Whatever the dual: NonnegL1 has none for a large negative one."""
+    layer = nn.Linear(3, 1, bias=False)
+    optimizer = SplitLBI(layer.parameters(), reg=NonnegL1(1.0), mu=1e6)
+    layer.weight.grad = torch.zeros(1, 3)
+    optimizer.step()
+    path = ActivationPath(layer, optimizer)
+    for when, dual in enumerate([[2.0, 2.0, 2.0], [1.5, -9.0, 3.0]]):
+        optimizer.state[layer.weight]["dual"].copy_(torch.tensor([dual]))
+        path.update(when)
+    assert path.ranks("weight").tolist() == [[1, 2, 0]]
 
 
 def test_update_does_not_read_the_device(monkeypatch):
@@ -566,8 +580,10 @@ def test_the_first_filters_and_what_reads_them():
     assert torch.equal(top.weight, model.a.weight[[0, 3, 4]])
     assert torch.equal(top.bias, model.a.bias[[0, 3, 4]])
     assert torch.equal(top.consumer_weight, model.aa.weight[:, [0, 3, 4]])
+    set_dual(model, path.optimizer, "aa.weight", filters(0.1, 0, 0.2, 0.9, 0.3, like=model.aa.weight))
     top = extract_top_filters(path, "aa.weight", 1, "fc.weight")  # behind a flatten of 2x2 pixels
     first = int(top.indices)
+    assert first == 3  # the nearest to entering
     assert torch.equal(top.consumer_weight, model.fc.weight[:, 4 * first : 4 * first + 4])
     assert top.bias is None
     with torch.no_grad():
@@ -593,7 +609,7 @@ def test_a_layer_grows_around_its_old_block(layers, outgoing):
     firsts = path.first(f"{layers}.weight", "filter")
     x, _ = batch()
     before = model.eval()(x)
-    untouched = model.fc.bias
+    untouched, narrow = model.fc.bias, (layer.weight, consumer.weight)
     kept = optimizer.state[untouched]
     assert grow_layer(optimizer, layer, consumer, 3, norm=norm, outgoing=outgoing) == 3
     assert layer.out_channels == layer.weight.shape[0] == len(firsts) + 3
@@ -611,7 +627,7 @@ def test_a_layer_grows_around_its_old_block(layers, outgoing):
         assert float((after - before).abs().max().detach()) > 1e-3
     params = [p for group in optimizer.param_groups for p in group["params"]]
     assert {id(p) for p in params} == {id(p) for p in model.parameters()}
-    assert layer.weight not in optimizer.state
+    assert not {layer.weight, consumer.weight, *narrow} & optimizer.state.keys()
     assert optimizer.state[untouched] is kept
     model.train()
     assert path.first(f"{layers}.weight", "filter").tolist() == [*firsts.tolist(), -1, -1, -1]

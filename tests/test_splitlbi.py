@@ -164,12 +164,16 @@ def test_the_bound_with_momentum(h, mu, outside, inside):
     assert stable_rate(h, mu, 0.9, coupling="inside") == pytest.approx(inside, rel=1e-3)
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize(
+    ("momentum", "nesterov", "coupling"),
+    [(0.0, False, "outside"), (0.9, False, "outside"), (0.9, False, "inside"), (0.6, True, "outside")],
+)
 @pytest.mark.parametrize("mu", [1.0, 20.0])
-def test_it_converges_below_the_bound_and_diverges_above(driver, mu, momentum):
+def test_it_converges_below_the_bound_and_diverges_above(driver, mu, momentum, nesterov, coupling):
+    options = dict(momentum=momentum, nesterov=nesterov, coupling=coupling)
     for factor in (0.99, 1.03):
-        rate = factor * stable_rate(1.0, mu, momentum)
-        p, optimizer, step = quadratic([3.0], driver, L1(1e-6), lr=rate, mu=mu, momentum=momentum)
+        rate = factor * stable_rate(1.0, mu, **options)
+        p, optimizer, step = quadratic([3.0], driver, L1(1e-6), lr=rate, mu=mu, **options)
         for _ in range(4000 if factor < 1 else 1500):
             step()
             if abs(p.item()) > 1e6:
