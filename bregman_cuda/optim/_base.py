@@ -137,10 +137,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             traced_step(self)
             return loss
         try:
-            if self._sharded:
-                self._step_outside_compile()
-            else:
-                self._step()
+            self._step_outside_compile()
         except Exception:
             for name in ("found_inf", "grad_scale"):  # GradScaler takes them away after a success only
                 vars(self).pop(name, None)
