@@ -16,7 +16,7 @@ from ..regularizers import Regularizer
 from ..regularizers._base import check_number
 from ._base import SparseOptimizer
 from ._rule import Hyper, Rule, State, number
-from ._shards import cut_along, local, sharded_as
+from ._shards import for_prox, local
 from .linbreg import check_momentum
 
 
@@ -174,11 +174,9 @@ class SplitLBI(SparseOptimizer):
         if reg is None:
             raise ValueError("SplitLBI: the parameter's group has reg=None, hence no sparse twin")
         twin = torch.zeros_like(param, dtype=state_dtype(param))
-        if "dual" in state and cut_along(param, reg):  # norms need the whole groups
-            whole = sharded_as(param, reg.prox(state["dual"].full_tensor(), 1.0))
-            local(twin).copy_(local(whole) * group["kappa"])
-        elif "dual" in state:
-            local(twin).copy_(reg.prox(local(state["dual"]), 1.0) * group["kappa"])
+        if "dual" in state:
+            slots, part = for_prox(param, reg, {"dual": state["dual"]})
+            local(twin).copy_(part(reg.prox(slots["dual"], 1.0)) * group["kappa"])
         return twin
 
     @torch.no_grad()
