@@ -161,6 +161,24 @@ def test_what_cannot_be_compiled_says_so():
     assert p.tolist() == [1.0] * 4
 
 
+@pytest.mark.parametrize("options", [{"fused": False}, {"check_finite": True}], ids=str)
+def test_where_compilation_gives_up_the_step_runs_as_a_whole(options):
+    """Without fullgraph torch falls back to Python: the same bits, and no part of the step compiled by itself."""
+    sides = []
+    for compiled in (True, False):
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(5, 3)), nn.Parameter(torch.randn(4))]
+        optimizer = AdaBreg(params, lr=0.1, reg=L1(0.1), **options)
+        torch._dynamo.reset()
+        step = torch.compile(optimizer.step, backend="aot_eager") if compiled else optimizer.step
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn_like(p)
+            step()
+        sides.append([t for p in params for t in (p.detach(), *optimizer.state[p].values())])
+    assert all(map(same_bits, *sides))
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", registry.DTYPES, ids=str)
 def test_opcheck(dtype, masked):
