@@ -41,6 +41,7 @@ QUICK = {  # optimizer, penalty and driver of the short run; a None matches ever
     ("SplitLBI momentum", "group out", "kernels"), ("HSPG", "group out", "kernels"),
     ("LinBreg", "l1", "reference"), ("AdaBreg", "l1", "reference"),
     ("LinBreg", "l1", "bregman-learning"), ("AdaBreg", "l1", "bregman-learning"),
+    ("FTRL", "l1", "pytorch_optimizer"),
     ("torch SGD", None, "fused"), ("torch Adam", None, "foreach"), ("torch Adam", None, "fused"),
 }  # fmt: skip
 
@@ -226,7 +227,8 @@ def plot(rows: list[Row], copies: dict[str, float], where: Row, path: Path) -> N
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    colours = {"cpu": "#2a7f3f", "cuda": "#2a7f3f", "reference": "#9bc8a5", "bregman-learning": "#c8782a"}
+    colours = {"cpu": "#2a7f3f", "cuda": "#2a7f3f", "reference": "#9bc8a5"}
+    colours |= dict.fromkeys(("bregman-learning", "pytorch_optimizer"), "#c8782a")
     groups = sections(rows, copies)
     longest = max(len(group) for _, group in groups)
     size = (5.5 * len(groups), 1.6 + 0.22 * longest)
