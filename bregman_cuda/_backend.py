@@ -43,6 +43,13 @@ def why_reference(reg: Any) -> str:
     return f"{name} runs in plain torch: {reg.whole or 'it has no penalty on elements or group norms'}"
 
 
+def why_no_half_space(reg: Any) -> str:
+    """Empty, or why the half-space step runs in plain torch."""
+    if reg.radial is not None and reg.radial.line() is not None:
+        return ""
+    return f"the half-space step has no kernels for {type(reg).__name__}: {reg.whole or 'its slope is no line'}"
+
+
 def _penalties(reg: Any) -> tuple[Any, Any]:
     return (None, None) if reg is None else (reg.elementwise, reg.radial)
 
@@ -82,8 +89,8 @@ class Kernels:
             return f"rule {rule.name!r} is not compiled in"
         if why := why_reference(reg):
             return why
-        if rule.half_space and reg is not None and (reg.radial is None or reg.radial.line() is None):
-            return f"the half-space step has no kernels for {type(reg).__name__}"
+        if rule.half_space and reg is not None and (why := why_no_half_space(reg)):
+            return why
         for penalty in _penalties(reg):
             if penalty is not None and penalty.kernel not in self.penalties:
                 return f"penalty {penalty.kernel!r} is not compiled in"

@@ -37,6 +37,7 @@ class SparseOptimizer(torch.optim.Optimizer):
     Parameters without a gradient are skipped: neither their state nor their sparsity changes.
     """
 
+    _captured: list[GroupPlan]  # plans that a CUDA graph may hold
     dense_params = False  # whether the sparse points lie beside the parameters: averages of them, or twins
 
     # torch.amp.GradScaler then leaves unscaling and the skip on overflow to `step`.
@@ -63,6 +64,9 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         raise NotImplementedError
+
+    def _check_traced(self, group: dict[str, Any]) -> None:
+        """Refuse what a compiled step cannot do."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its missing options come from the constructor.
@@ -149,20 +153,22 @@ class SparseOptimizer(torch.optim.Optimizer):
         """Where torch.compile gives up on `step`, it tries its parts, and inside it DTensors look like tensors."""
         self._step()
 
-    def _step(self) -> None:
-        if not self.state and self._only_initialises():
+    def _step(self) -> bool:
+        """Whether anything was stepped, as far as the host knows."""
+        capturing = is_capturing()
+        if capturing and not all(group["capturable"] for group in self.param_groups):
+            raise RuntimeError(f"{type(self).__name__}: to capture a step in a CUDA graph, set capturable=True")
+        if not self.state and not capturing and self._only_initialises():
             self._init_group()
-            return
+            return False
         # GradScaler sets both around its call; grad_scale is None after an explicit unscale_.
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         capturable = any(group["capturable"] for group in self.param_groups)
         if found_inf is not None and (self._sharded or (found_inf.device.type == "cpu" and not capturable)):
             skip = bool(found_inf)
             if found_inf_anywhere(skip, self._params()) if self._sharded else skip:
-                return
+                return False
             found_inf = None
-        if is_capturing() and not all(group["capturable"] for group in self.param_groups):
-            raise RuntimeError(f"{type(self).__name__}: to capture a step in a CUDA graph, set capturable=True")
         ready = self._ready()
         if sum(len(plan.buckets) for plan, _, _ in ready) > 1:  # a single bucket checks before it changes anything
             self._check_against_params(ready)
@@ -172,6 +178,9 @@ class SparseOptimizer(torch.optim.Optimizer):
             from . import _collective
 
             _collective.finish(self, [plan for plan, _, _ in ready])
+        if capturing:  # the graph reads their memory for as long as it lives
+            self._captured += [plan for plan, _, _ in ready]
+        return bool(ready)
 
     def _only_initialises(self) -> bool:
         """Whether this first step has lr = 0 and zero gradients: torch.distributed.checkpoint makes one to create the
@@ -343,6 +352,7 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     def _forget_plans(self) -> None:
         self._plans = {}
+        self._captured = vars(self).get("_captured", [])
         self._cut: tuple[Any, list[Any]] | None = None  # of _collective
         self._sharded = any(map(is_sharded, self._params()))
 
@@ -391,7 +401,11 @@ class SparseOptimizer(torch.optim.Optimizer):
             for group, reg in zip(self.param_groups, live):
                 new = group["reg"]
                 if reg is not None and type(reg) is type(new) and held.setdefault(id(reg), new) == new:
-                    vars(reg).update(vars(new))  # a handle held by the user stays live
+                    for name, value in vars(new).items():  # a handle held by the user stays live, a tensor too
+                        if torch.is_tensor(held_tensor := vars(reg)[name]):
+                            held_tensor.fill_(value)
+                        else:
+                            vars(reg)[name] = value
                     group["reg"] = reg
             self._forget_plans()
 

@@ -116,6 +116,7 @@ class ReferenceBucket(Bucket):
 
     def run_host(self, group: dict[str, Any], grads: list[Tensor], h: Hyper, factor: float) -> None:
         self._run(group, grads, {name: float(value) for name, value in h.items()}, factor)
+        self._count(group)
 
     def run_live(self, group: dict[str, Any], grads: list[Tensor], h: Hyper, factor: Any, skip: Any) -> None:
         wide = reference.state_dtype(self.params[0])
@@ -129,6 +130,7 @@ class ReferenceBucket(Bucket):
         self._run(group, grads, h, factor)
         for tensor, old in zip(changing, before):
             tensor.copy_(torch.where(skip != 0, old, tensor))
+        self._count(group)
 
     def _run(self, group: dict[str, Any], grads: list[Tensor], h: Hyper, factor: Any) -> None:
         reg = group["reg"]
@@ -136,7 +138,9 @@ class ReferenceBucket(Bucket):
             parts = {slot: local(value) for slot, value in state.items()}
             mask = unpack(parts["mask"], param) if "mask" in parts else None
             reference.step_(self.rule, reg, h, param, grad, parts, mask, factor)
-        count = group["count_nonzeros"]
+
+    def _count(self, group: dict[str, Any]) -> None:
+        count, reg = group["count_nonzeros"], group["reg"]
         self.counted = [(p, *reference.count_nonzeros(p, reg)) for p in self.params] if count else None
 
     def counts(self) -> Counts | None:
@@ -190,7 +194,8 @@ class FusedBucket(Bucket):
             self.item_counts = None  # what an earlier step counted is no longer true
         elif self.item_counts is None:
             size = (len(self.item_tensor), 2)
-            self.item_counts = torch.zeros(size, dtype=torch.int32, device=self.params[0].device)
+            # Negative: a first step that is skipped counts nothing.
+            self.item_counts = torch.full(size, -1, dtype=torch.int32, device=self.params[0].device)
         counts = self.none if self.item_counts is None else self.item_counts
         tail = (counts, self.kernels.kinds(self.rule, group["reg"]), scalars, live)
         # An index means that nothing changed yet: this gradient is laid out otherwise than its parameter.
@@ -202,7 +207,7 @@ class FusedBucket(Bucket):
         torch.autograd.graph.increment_version(self.params)
 
     def counts(self) -> Counts | None:
-        if self.item_counts is None:
+        if self.item_counts is None or bool((self.item_counts < 0).any()):
             return None
         table = torch.zeros(len(self.params), 2, dtype=torch.int64, device=self.item_counts.device)
         table.index_add_(0, self.item_tensor.to(table.device), self.item_counts.long())
@@ -211,6 +216,7 @@ class FusedBucket(Bucket):
 
 def in_one_tensor(scalars: list[Any], device: torch.device) -> Tensor:
     """Numbers and 0-dim tensors as one float64 tensor, without a copy from the host: it can be captured in a graph."""
+    scalars = [float(v) if torch.is_tensor(v) and v.device.type == "cpu" != device.type else v for v in scalars]
     return torch.stack(
         [
             value.to(device, torch.float64).reshape(())

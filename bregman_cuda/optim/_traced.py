@@ -78,6 +78,7 @@ def traced_step(optimizer: SparseOptimizer) -> None:
     if getattr(optimizer, "found_inf", None) is not None or getattr(optimizer, "grad_scale", None) is not None:
         raise RuntimeError("a compiled step cannot skip on overflow: call scaler.step(optimizer) outside torch.compile")
     for group in optimizer.param_groups:
+        optimizer._check_traced(group)
         if group["fused"] is False:
             raise RuntimeError("a compiled step runs kernels: leave fused at None, or step outside torch.compile")
         if why := _backend.why_reference(group["reg"]):

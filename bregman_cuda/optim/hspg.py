@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .._backend import why_no_half_space
 from ..regularizers import Regularizer
 from ..regularizers._base import check_number
 from ._base import SparseOptimizer
@@ -51,7 +52,7 @@ def half_space_step(reg: Regularizer, z: Tensor, p: Tensor, lr: Any, epsilon: An
     if not p.numel():
         return z
     reduced = [d for d in range(p.ndim) if d not in dims]
-    line = None if reg.radial is None else reg.radial.line()
+    line = None if reg.radial is None else reg.radial.line(p.dtype)
 
     def total(x: Tensor) -> Tensor:
         return x.sum(reduced, keepdim=True) if reduced else x
@@ -88,7 +89,8 @@ class HSPG(SparseOptimizer):
         reg: a regularizer with groups: `GroupLasso`, `GroupMCP`, `GroupEnvelope`, ..., or None (plain SGD).
         momentum: in [0, 1).
         epsilon: in [0, 1); larger removes more.
-        start: number of steps after which half-space steps begin; None waits for `half_space()`.
+        start: number of steps after which half-space steps begin; None waits for `half_space()`, as compiled and
+            captured steps do. A step that a GradScaler skips counts only where its flag lies on a device.
 
     Raises:
         ValueError, TypeError: a parameter out of its range; nothing was changed.
@@ -132,22 +134,34 @@ class HSPG(SparseOptimizer):
             raise ValueError(f"HSPG: start must be a number of steps >= 0, or None, got {start!r}")
         if reg is not None and (reg.elementwise is not None or (reg.radial is None and not hasattr(reg, "groups"))):
             raise ValueError(f"HSPG: reg must penalize groups alone, such as GroupLasso, got {type(reg).__name__}")
+        if group["fused"] and reg is not None and (why := why_no_half_space(reg)):
+            raise RuntimeError(f"HSPG: fused=True, but {why}")
 
     def _rule(self, group: dict[str, Any]) -> Rule:
         return _HALF_SPACE if group["projecting"] else _PROX
 
-    def half_space(self, on: bool = True) -> None:
-        """Begin (or leave) the second phase, in all groups of parameters."""
-        for group in self.param_groups:
-            group["projecting"] = on
+    def _check(self, group: dict[str, Any]) -> None:
+        super()._check(group)
+        if not group["projecting"]:  # what the second phase refuses is refused from the start
+            super()._check({**group, "projecting": True})
 
-    def _step(self) -> None:
+    def _check_traced(self, group: dict[str, Any]) -> None:
+        if group["start"] is not None:
+            raise RuntimeError("a compiled step does not count toward HSPG's start: call half_space() when it is time")
+
+    def half_space(self, on: bool = True) -> None:
+        """Begin (or leave) the second phase, in all groups of parameters; from now on, `start` does nothing."""
+        for group in self.param_groups:
+            group["projecting"], group["start"] = on, None
+
+    def _step(self) -> bool:
         for group in self.param_groups:
             if group["start"] is not None and group["steps"] >= group["start"]:
-                group["projecting"] = True
-        super()._step()
+                group["projecting"], group["start"] = True, None
+        stepped = super()._step()
         for group in self.param_groups:
-            group["steps"] += 1
+            group["steps"] += stepped
+        return stepped
 
     @torch.no_grad()
     def keep_top(self, k: int) -> None:

@@ -109,8 +109,7 @@ class _DualAveraging(SparseOptimizer):
                     continue
                 local(state["start"]).copy_(local(state.get("master", param.detach())))
                 for name in (*self._dual_rule.slots[1:], "step", *self._dual_rule.counters):
-                    local(state[name]).zero_()
-        self._forget_plans()
+                    local(state[name]).zero_()  # in place: captured steps go on with them
 
     @torch.no_grad()
     def prox_point(self, param: Tensor) -> Tensor:
@@ -131,6 +130,11 @@ class _DualAveraging(SparseOptimizer):
         h = rule.hyper(group, int(state["step"]), *(float(state[name]) for name in rule.counters))
         slots, part = for_prox(param, group["reg"], {slot: state[slot] for slot in rule.slots})
         z, scale = rule.dual_point(slots, h)
+        mask: Any = self.get_mask(param)
+        if mask is not None:
+            keep = local(mask) if z.shape == local(mask).shape else mask.full_tensor()
+            z = torch.where(keep, z, 0)
+            scale = torch.where(keep, scale, 0) if torch.is_tensor(scale) else scale
         point = torch.empty_like(param)
         local(point).copy_(part(z if group["reg"] is None else group["reg"].prox(z, scale)))
         return point

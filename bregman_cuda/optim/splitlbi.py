@@ -213,14 +213,18 @@ class SplitLBI(SparseOptimizer):
         """Inside, every parameter with a twin is w where its twin is active and 0 elsewhere; afterwards w again.
 
         The memory of the parameters stays where it is. w comes back whatever happens inside: an error, steps and other
-        changes of the parameters (they are undone), the same context once more.
+        changes of the parameters (they are undone; those of the dual and of momentum are not), the same context again.
         """
-        dense = []
+        dense: list[tuple[Tensor, Tensor]] = []
         try:
             for group in self.param_groups:
                 for param in group["params"] if group["reg"] is not None else ():
                     keep = self.support(param)
-                    dense.append((param, param.detach().clone()))
+                    dense += [
+                        (t, t.detach().clone())
+                        for t in (param, self.state.get(param, {}).get("master"))
+                        if t is not None
+                    ]
                     param.masked_fill_(~keep, 0)
             yield
         finally:

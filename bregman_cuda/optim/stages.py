@@ -77,10 +77,11 @@ class Restarts:
         return due
 
     def _begin_stage(self) -> None:
+        shared = {id(group["lr"]): group["lr"] for group in self.optimizer.param_groups}  # groups may hold one tensor
+        for lr in filter(torch.is_tensor, shared.values()):
+            lr.mul_(self.gamma)
         for group in self.optimizer.param_groups:
-            if torch.is_tensor(group["lr"]):
-                group["lr"].mul_(self.gamma)
-            else:
+            if not torch.is_tensor(group["lr"]):
                 group["lr"] *= self.gamma
             group["momentum"] = min(group["momentum"] / self.gamma, 1.0)
         self.optimizer.restart()

@@ -115,20 +115,25 @@ class Regularizer:
             ValueError: steps per element, and a penalty on group norms whose prox is not known then.
         """
         scale = torch.as_tensor(step, dtype=x.dtype, device=x.device)
-        per_element = torch.is_tensor(step) and step.shape == x.shape
-        if per_element and (why := self.why_not_weighted()):
-            raise ValueError(f"prox: with a step size for each element, {why}")
+        per_element = self._per_element(x, step)
         x = self._prox_of_elements(x, scale)
         if self.radial is not None and per_element:
             dims = self.groups_of(x.shape) or ()
             reduced = [d for d in range(x.ndim) if d not in dims]
-            level, slope = self.radial.line() or (0.0, 0.0)
+            level, slope = self.radial.line(x.dtype) or (0.0, 0.0)
             level, slope = (torch.as_tensor(v, dtype=x.dtype, device=x.device) for v in (level, slope))
             weight = self.group_weight(x.shape) if x.numel() else 1.0
             return weighted_group_prox(x, scale, level * weight, slope * weight, reduced)
         if self.radial is not None and x.numel():
             x = self._prox_of_groups(x, self.group_norms(x), scale * self.group_weight(x.shape))
         return x
+
+    def _per_element(self, x: Tensor, step: Step) -> bool:
+        """Whether there is a step size for each element; refused where that prox is not known."""
+        per_element = torch.is_tensor(step) and step.shape == x.shape
+        if per_element and (why := self.why_not_weighted()):
+            raise ValueError(f"prox: with a step size for each element, {why}")
+        return per_element
 
     def why_not_weighted(self) -> str:
         """Empty, or why the prox with a step size for each element is not known.
@@ -250,9 +255,9 @@ class Separable(Regularizer):
         """The kernel's parameters by name."""
         raise NotImplementedError
 
-    def line(self) -> tuple[Any, Any] | None:
-        """(level, slope) if phi'(t) = level - slope * t for t > 0 (as far as it is positive): as a group penalty it has
-        a prox in a diagonal metric then."""
+    def line(self, dtype: torch.dtype = torch.float64) -> tuple[Any, Any] | None:
+        """(level, slope), computed in `dtype`, if phi'(t) = level - slope * t for t > 0, as far as that is positive: as a
+        group penalty it has a prox in a diagonal metric then."""
         return None
 
     def _phi(self, x: Tensor) -> Tensor:

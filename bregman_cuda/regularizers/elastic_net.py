@@ -30,7 +30,7 @@ class ElasticNet(Separable):
     def parameters(self) -> dict[str, float]:
         return {"lam": self.lam, "l2": self.l2}
 
-    def line(self) -> tuple[Any, Any]:
+    def line(self, dtype: torch.dtype = torch.float64) -> tuple[Any, Any]:
         return self.lam, -self.l2
 
     def _phi(self, x: Tensor) -> Tensor:

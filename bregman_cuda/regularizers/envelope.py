@@ -92,6 +92,7 @@ class GroupEnvelope(Grouped):
         return 0.5 * (self.lam * x.double().square() * stretch).sum().to(x.dtype)
 
     def prox(self, x: Tensor, step: Step) -> Tensor:
+        self._per_element(x, step)
         self.groups_of(x.shape)
         if not x.numel():
             return x

@@ -30,7 +30,7 @@ class L1(Separable):
     def parameters(self) -> dict[str, float]:
         return {"lam": self.lam}
 
-    def line(self) -> tuple[Any, Any]:
+    def line(self, dtype: torch.dtype = torch.float64) -> tuple[Any, Any]:
         return self.lam, 0.0
 
     def _phi(self, x: Tensor) -> Tensor:

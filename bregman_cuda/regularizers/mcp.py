@@ -39,8 +39,8 @@ class MCP(Separable):
     def parameters(self) -> dict[str, float]:
         return {"lam": self.lam, "gamma": self.gamma}
 
-    def line(self) -> tuple[Any, Any]:
-        return self.lam, 1 / self.gamma
+    def line(self, dtype: torch.dtype = torch.float64) -> tuple[Any, Any]:
+        return self.lam, 1 / torch.as_tensor(self.gamma, dtype=dtype)
 
     def _phi(self, x: Tensor) -> Tensor:
         m = x.abs().clamp_max(self.gamma * self.lam)

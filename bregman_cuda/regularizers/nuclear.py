@@ -56,6 +56,7 @@ class Nuclear(Regularizer):
         return (self.lam * torch.where(values > 0, values, torch.zeros_like(values))).sum().to(x.dtype)
 
     def prox(self, x: Tensor, step: Step) -> Tensor:
+        self._per_element(x, step)
         matrix = self._matrix(x)
         if not x.numel():
             return x

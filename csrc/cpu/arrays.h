@@ -82,7 +82,10 @@ BREGMAN_HD Point<C> point_of(const Arrays<Rule, T>& a, int64_t i, const Scalars<
     a.store_state(i, s);
   }
   Point<C> p = Rule::point(grad, param, s, k.h);
-  if constexpr (kMasked) p.z = select(keep[j] != 0, p.z, C(0));
+  if constexpr (kMasked) {
+    p.z = select(keep[j] != 0, p.z, C(0));
+    p.scale = select(keep[j] != 0, p.scale, C(0));  // 1 / 0 where a metric has no eps
+  }
   return p;
 }
 

@@ -147,8 +147,8 @@ struct Tile {
       if constexpr (!Rule::kLate) Rule::update(gradient, p[j], one, k.h);
       const Point<C> r = Rule::point(gradient, p[j], one, k.h);
       const bool kept = (bits >> j) & 1;
-      z[j] = prox(kept ? r.z : C(0), r.scale, k.elementwise);
-      scale[j] = r.scale;
+      scale[j] = kept ? r.scale : C(0);
+      z[j] = prox(kept ? r.z : C(0), scale[j], k.elementwise);
 #pragma unroll
       for (int m = 0; m < kSlots; ++m) s[m][j] = kept ? one[m] : C(0);
     }
