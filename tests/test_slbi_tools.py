@@ -188,6 +188,23 @@ def test_a_path_resumes():
         other.update(4)
 
 
+def test_a_path_resumes_between_growing_and_the_next_update():
+    model, optimizer, path = recorded()
+    grow_layer(optimizer, model.a, model.aa, 2, norm=model.norm)
+    other = ActivationPath(model, optimizer)
+    other.load_state_dict(path.state_dict())
+    assert other.first("a.weight", "filter").tolist() == [0, 2, -1, 0, 1, -1, -1, -1]
+
+
+def test_a_path_moves_with_its_model():
+    layer = nn.Linear(3, 2)
+    optimizer = SplitLBI(layer.parameters(), reg=L1(1.0))
+    path = ActivationPath(layer, optimizer)
+    optimizer.param_groups[0]["params"] = list(layer.to("meta").parameters())  # to a GPU they stay the same objects
+    path.update(0)
+    assert path.first("weight").device.type == path.state_dict()["first"]["bias"].device.type == "meta"
+
+
 def test_a_path_counts_negative_weights():
     """The toolbox counts positive weights alone (slbi.md 4.7)."""
     model, optimizer = exact()
