@@ -284,6 +284,30 @@ def test_a_removed_filter_is_silent_only_without_its_bias_and_norm():
     assert {*prune_by_order(path, 20, "aa.weight", biases=True)} == {"aa.weight"}  # has no bias
 
 
+def biases_with_twins():
+    """A convolution whose biases have a twin, too, with biases in an order of entry that is not that of its filters."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(64, 3))
+    optimizer = SplitLBI(model.parameters(), lr=0.5, reg=L1(1.0), mu=1.0)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.state[model[0].weight]["dual"].copy_(filters(90, 80, 0, 0, like=model[0].weight))
+    optimizer.state[model[0].bias]["dual"].copy_(torch.tensor([3.0, 0, 4, 0]))
+    model[0].bias.data.copy_(torch.tensor([4.0, 3, 2, 1]))
+    path = ActivationPath(model, optimizer)
+    path.update(0)
+    return model, optimizer, path
+
+
+def test_biases_with_a_twin_go_with_their_filters():
+    model, _, path = biases_with_twins()
+    masks = prune_by_order(path, 50, biases=True)
+    assert masks["0.weight"][:, 0, 0, 0].tolist() == [True, True, False, False]
+    assert masks["0.bias"].tolist() == [True, False, False, False]  # by its own place 0 and 2 would stay
+    assert model[0].bias.tolist() == [4, 0, 0, 0]
+
+
 def test_single_weights_of_a_convolution_and_rows_of_a_linear_layer():
     path = recorded()[2]
     assert int((~prune_by_order(path, 10, "aa.weight", unit="weight")["aa.weight"]).sum()) == 27
