@@ -440,6 +440,24 @@ def test_statistics_continue_in_the_same_folder_and_survive_an_error(tmp_path):
     assert read_statistics(tmp_path).step.tolist() == [0, 0, 1, 1]
 
 
+def test_statistics_never_overwrite_a_file(tmp_path):
+    model, _ = net()
+    for step in range(3):
+        with StatisticsRecorder(model, tmp_path, layers="a.weight", quantities=["weight"]) as recorder:
+            recorder.update(step)
+        if step == 1:
+            (tmp_path / "statistics-000000.npz").unlink()
+    assert read_statistics(tmp_path).step.tolist() == [1, 2]
+
+
+def test_statistics_of_a_grouped_transposed_convolution_have_no_norms(tmp_path):
+    with StatisticsRecorder(nn.ConvTranspose1d(4, 4, 1, groups=2), tmp_path, layers="weight") as recorder:
+        recorder.update(0)
+    found = read_statistics(tmp_path)
+    assert len(found) == 1
+    assert len(found.filter_norms[0]) == 0
+
+
 def test_what_statistics_refuse(tmp_path, monkeypatch):
     model, _ = net()
     for options, message in [
