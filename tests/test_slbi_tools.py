@@ -556,6 +556,16 @@ def test_masked_training_with_any_optimizer(name):
     assert name != "sgd" or any(bool(model.get_parameter(n)[~m].any()) for n, m in masks.items())
 
 
+def test_masked_training_keeps_an_earlier_mask():
+    w = nn.Parameter(torch.ones(4))
+    optimizer = LinBreg([w], lr=0.1)
+    first = torch.tensor([True, True, False, False])
+    optimizer.set_mask(w, first)
+    with masked(optimizer, {"w": w}, {"w": torch.tensor([True, False, True, False])}):
+        assert optimizer.get_mask(w).tolist() == [True, False, False, False]
+    assert torch.equal(optimizer.get_mask(w), first)
+
+
 def test_masked_training_is_training_of_the_subnetwork():
     """SGD with momentum on the kept weights alone gives the same numbers."""
     p = nn.Parameter(torch.randn(5, dtype=torch.float64))
