@@ -664,6 +664,9 @@ def test_the_first_filters_and_what_reads_them():
             extract_top_filters(path, "a.weight", n)
     with pytest.raises(ValueError, match=r"'fc\.weight' with 20 inputs does not read the 6 filters"):
         extract_top_filters(path, "a.weight", 2, "fc.weight")
+    model.aa = nn.Conv2d(12, 5, 3)  # nothing says which two inputs belong to a filter
+    with pytest.raises(ValueError, match=r"'aa\.weight' with 12 inputs does not read the 6 filters"):
+        extract_top_filters(path, "a.weight", 2, "aa.weight")
 
 
 @pytest.mark.parametrize("outgoing", ["zero", "random"])
