@@ -872,6 +872,34 @@ def test_the_last_filters_are_scaled():
         reinitialize_filters(path, 120)
 
 
+def test_biases_with_a_twin_are_scaled_once():
+    model, _, path = biases_with_twins()
+    gone = scale_filters(path, 2.0, 50, ["0.weight", "0.bias"], biases=True)
+    assert model[0].bias.tolist() == [4, 6, 4, 2]
+    assert gone["0.bias"].tolist() == [False, True, True, True]
+
+
+@pytest.mark.parametrize("options", [{}, {"threshold": 0.4}, {"orthogonal": True}], ids=str)
+def test_vectors_and_scalars_start_anew(options):
+    model, _, path = biases_with_twins()
+    gone = reinitialize_filters(path, 50, "0.bias", **options)["0.bias"]
+    assert gone.tolist() == [False, True, False, True]
+    assert (model[0].bias == torch.tensor([4.0, 3, 2, 1])).tolist() == [True, False, True, False]
+    scalar = nn.Parameter(torch.tensor(3.0))
+    path = ActivationPath({"s": scalar}, SplitLBI([scalar], reg=L1(1.0), mu=1.0))
+    assert reinitialize_filters(path, 100, **{**options, "threshold": 0.0})["s"].tolist() == [True]
+    assert float(scalar.detach()) != 3.0
+
+
+def test_a_restart_that_is_refused_changes_nothing():
+    model, _, path = biases_with_twins()
+    before = model[0].weight.detach().clone()
+    model[2].weight.data.fill_(math.nan)  # has no singular values
+    with pytest.raises(RuntimeError):
+        reinitialize_filters(path, 50, ["0.weight", "2.weight"], orthogonal=True)
+    assert torch.equal(model[0].weight, before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_active_filters_are_held_while_others_train(dtype):
     model, optimizer, _ = recorded()
