@@ -400,6 +400,8 @@ def test_bad_models_and_optimizers_are_refused():
         RigL(nn.BatchNorm1d(3), optimizer, end=10)
     with pytest.raises(ValueError, match="list has no weights to mask"):
         RigL([], optimizer, end=10)
+    with pytest.raises(ValueError, match="first_dense=True leaves 'weight 0', the only weight, dense; use False"):
+        RigL([w], optimizer, end=10, first_dense=True)
     with pytest.raises(TypeError, match=r"needs a torch.nn.Module or an iterable of parameters, got Parameter"):
         RigL(w, optimizer, end=10)
     with pytest.raises(TypeError, match=r"'weight 1' must be a floating-point parameter, got int"):

@@ -188,6 +188,23 @@ def test_a_path_resumes():
         other.update(4)
 
 
+def test_a_path_resumes_between_growing_and_the_next_update():
+    model, optimizer, path = recorded()
+    grow_layer(optimizer, model.a, model.aa, 2, norm=model.norm)
+    other = ActivationPath(model, optimizer)
+    other.load_state_dict(path.state_dict())
+    assert other.first("a.weight", "filter").tolist() == [0, 2, -1, 0, 1, -1, -1, -1]
+
+
+def test_a_path_moves_with_its_model():
+    layer = nn.Linear(3, 2)
+    optimizer = SplitLBI(layer.parameters(), reg=L1(1.0))
+    path = ActivationPath(layer, optimizer)
+    optimizer.param_groups[0]["params"] = list(layer.to("meta").parameters())  # to a GPU they stay the same objects
+    path.update(0)
+    assert path.first("weight").device.type == path.state_dict()["first"]["bias"].device.type == "meta"
+
+
 def test_a_path_counts_negative_weights():
     """The toolbox counts positive weights alone (slbi.md 4.7)."""
     model, optimizer = exact()
@@ -265,6 +282,30 @@ def test_a_removed_filter_is_silent_only_without_its_bias_and_norm():
         assert bool(out[:, ~gone].any())
     assert torch.equal(model.a.bias == 0, gone)
     assert {*prune_by_order(path, 20, "aa.weight", biases=True)} == {"aa.weight"}  # has no bias
+
+
+def biases_with_twins():
+    """A convolution whose biases have a twin, too, with biases in an order of entry that is not that of its filters."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(64, 3))
+    optimizer = SplitLBI(model.parameters(), lr=0.5, reg=L1(1.0), mu=1.0)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.state[model[0].weight]["dual"].copy_(filters(90, 80, 0, 0, like=model[0].weight))
+    optimizer.state[model[0].bias]["dual"].copy_(torch.tensor([3.0, 0, 4, 0]))
+    model[0].bias.data.copy_(torch.tensor([4.0, 3, 2, 1]))
+    path = ActivationPath(model, optimizer)
+    path.update(0)
+    return model, optimizer, path
+
+
+def test_biases_with_a_twin_go_with_their_filters():
+    model, _, path = biases_with_twins()
+    masks = prune_by_order(path, 50, biases=True)
+    assert masks["0.weight"][:, 0, 0, 0].tolist() == [True, True, False, False]
+    assert masks["0.bias"].tolist() == [True, False, False, False]  # by its own place 0 and 2 would stay
+    assert model[0].bias.tolist() == [4, 0, 0, 0]
 
 
 def test_single_weights_of_a_convolution_and_rows_of_a_linear_layer():
@@ -399,6 +440,24 @@ def test_statistics_continue_in_the_same_folder_and_survive_an_error(tmp_path):
     assert read_statistics(tmp_path).step.tolist() == [0, 0, 1, 1]
 
 
+def test_statistics_never_overwrite_a_file(tmp_path):
+    model, _ = net()
+    for step in range(3):
+        with StatisticsRecorder(model, tmp_path, layers="a.weight", quantities=["weight"]) as recorder:
+            recorder.update(step)
+        if step == 1:
+            (tmp_path / "statistics-000000.npz").unlink()
+    assert read_statistics(tmp_path).step.tolist() == [1, 2]
+
+
+def test_statistics_of_a_grouped_transposed_convolution_have_no_norms(tmp_path):
+    with StatisticsRecorder(nn.ConvTranspose1d(4, 4, 1, groups=2), tmp_path, layers="weight") as recorder:
+        recorder.update(0)
+    found = read_statistics(tmp_path)
+    assert len(found) == 1
+    assert len(found.filter_norms[0]) == 0
+
+
 def test_what_statistics_refuse(tmp_path, monkeypatch):
     model, _ = net()
     for options, message in [
@@ -495,6 +554,16 @@ def test_masked_training_with_any_optimizer(name):
     handle.remove()
     run(model, optimizer, 1)
     assert name != "sgd" or any(bool(model.get_parameter(n)[~m].any()) for n, m in masks.items())
+
+
+def test_masked_training_keeps_an_earlier_mask():
+    w = nn.Parameter(torch.ones(4))
+    optimizer = LinBreg([w], lr=0.1)
+    first = torch.tensor([True, True, False, False])
+    optimizer.set_mask(w, first)
+    with masked(optimizer, {"w": w}, {"w": torch.tensor([True, False, True, False])}):
+        assert optimizer.get_mask(w).tolist() == [True, False, False, False]
+    assert torch.equal(optimizer.get_mask(w), first)
 
 
 def test_masked_training_is_training_of_the_subnetwork():
@@ -595,6 +664,9 @@ def test_the_first_filters_and_what_reads_them():
             extract_top_filters(path, "a.weight", n)
     with pytest.raises(ValueError, match=r"'fc\.weight' with 20 inputs does not read the 6 filters"):
         extract_top_filters(path, "a.weight", 2, "fc.weight")
+    model.aa = nn.Conv2d(12, 5, 3)  # nothing says which two inputs belong to a filter
+    with pytest.raises(ValueError, match=r"'aa\.weight' with 12 inputs does not read the 6 filters"):
+        extract_top_filters(path, "a.weight", 2, "aa.weight")
 
 
 @pytest.mark.parametrize("outgoing", ["zero", "random"])
@@ -798,6 +870,34 @@ def test_the_last_filters_are_scaled():
         scale_filters(path, -1, 50)
     with pytest.raises(ValueError, match=r"percent must be .*got 120"):
         reinitialize_filters(path, 120)
+
+
+def test_biases_with_a_twin_are_scaled_once():
+    model, _, path = biases_with_twins()
+    gone = scale_filters(path, 2.0, 50, ["0.weight", "0.bias"], biases=True)
+    assert model[0].bias.tolist() == [4, 6, 4, 2]
+    assert gone["0.bias"].tolist() == [False, True, True, True]
+
+
+@pytest.mark.parametrize("options", [{}, {"threshold": 0.4}, {"orthogonal": True}], ids=str)
+def test_vectors_and_scalars_start_anew(options):
+    model, _, path = biases_with_twins()
+    gone = reinitialize_filters(path, 50, "0.bias", **options)["0.bias"]
+    assert gone.tolist() == [False, True, False, True]
+    assert (model[0].bias == torch.tensor([4.0, 3, 2, 1])).tolist() == [True, False, True, False]
+    scalar = nn.Parameter(torch.tensor(3.0))
+    path = ActivationPath({"s": scalar}, SplitLBI([scalar], reg=L1(1.0), mu=1.0))
+    assert reinitialize_filters(path, 100, **{**options, "threshold": 0.0})["s"].tolist() == [True]
+    assert float(scalar.detach()) != 3.0
+
+
+def test_a_restart_that_is_refused_changes_nothing():
+    model, _, path = biases_with_twins()
+    before = model[0].weight.detach().clone()
+    model[2].weight.data.fill_(math.nan)  # has no singular values
+    with pytest.raises(RuntimeError):
+        reinitialize_filters(path, 50, ["0.weight", "2.weight"], orthogonal=True)
+    assert torch.equal(model[0].weight, before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

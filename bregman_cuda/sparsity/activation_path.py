@@ -160,7 +160,8 @@ class ActivationPath:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and a number, readable with `weights_only=True`."""
-        return {"last": self.last, "first": {name: first.clone() for name, first in self._first.items()}}
+        named = named_of(self.model)
+        return {"last": self.last, "first": {name: self._units(name, named[name]).clone() for name in self._first}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken.
@@ -180,12 +181,13 @@ class ActivationPath:
         self._first = {name: first[name].to(named[name].device, torch.int32, copy=True) for name in self._first}
 
     def _units(self, name: str, param: Tensor) -> Tensor:
-        """What is recorded of a layer, in the leading block of one that has grown since."""
-        first, shape = self._first[name], self._unit_shape(param)
+        """What is recorded of a layer, where it is now and in the leading block of one that has grown since."""
+        first, shape = self._first[name].to(param.device), self._unit_shape(param)
         if first.shape != shape:
-            self._first[name] = torch.full(shape, NEVER, dtype=first.dtype, device=param.device)
-            self._first[name][tuple(slice(0, size) for size in first.shape)] = first
-        return self._first[name]
+            old, first = first, torch.full(shape, NEVER, dtype=first.dtype, device=param.device)
+            first[tuple(slice(0, size) for size in old.shape)] = old
+        self._first[name] = first
+        return first
 
     def _unit_shape(self, param: Tensor) -> tuple[int, ...]:
         """The parameter's shape, or 1 in the dims over which whole groups enter."""

@@ -31,7 +31,7 @@ def prune_by_order(
         percent: of each layer's units, from 0 (none) to 100 (all); halves round to even.
         layers: exact parameter names; None: every layer with a twin.
         unit: "filter" or "weight"; None: filters of convolutions, single weights of everything else, as the toolbox.
-        biases: whether the biases of removed filters go, too.
+        biases: whether the biases of removed filters go, too; one with a twin goes by its own place as well.
         norms: {layer: name of the batch norm after it}: its weight and bias at removed filters go, too. Without it,
             a batch norm still emits its bias there.
 
@@ -56,15 +56,17 @@ def prune_by_order(
         if kind == "weight":
             if name in norms or (biases and unit is not None):
                 raise ValueError(f"biases and norms belong to whole filters, but {name!r} is pruned by single weights")
-            masks[name] = keep
-            continue
-        dim = filter_dim(path.model, name, param)
-        masks[name] = keep.view([-1 if d == dim else 1 for d in range(param.ndim)]).expand(param.shape).clone()
-        prefix, _, module = owner_of(path.model, name) if biases or name in norms else ("", "", None)
-        if biases and getattr(module, "bias", None) is not None:
-            masks[f"{prefix}bias"] = keep
-        if name in norms:
-            masks.update(_norm_masks(path.model, norms[name], name, keep))
+            parts = {name: keep}
+        else:
+            dim = filter_dim(path.model, name, param)
+            parts = {name: keep.view([-1 if d == dim else 1 for d in range(param.ndim)]).expand(param.shape).clone()}
+            prefix, _, module = owner_of(path.model, name) if biases or name in norms else ("", "", None)
+            if biases and getattr(module, "bias", None) is not None:
+                parts.setdefault(f"{prefix}bias", keep)
+            if name in norms:
+                parts |= _norm_masks(path.model, norms[name], name, keep)
+        for part, mask in parts.items():  # a bias with a twin goes with its filter, and by its own place
+            masks[part] = masks[part] & mask if part in masks else mask
     named = named_of(path.model)
     for name, mask in masks.items():
         for tensor in (named[name], path.optimizer.state.get(named[name], {}).get("master")):

@@ -109,10 +109,10 @@ def extract_top_filters(path: ActivationPath, layer: str, n: int, consumer: str 
         layer: exact name of the weight.
         n: how many, from 1 to the number of filters.
         consumer: exact name of the weight that reads this layer's output; one behind a flatten reads every filter
-            with a run of inputs.
+            with a run of inputs, and must not be a convolution.
 
     Raises:
-        ValueError: n out of range, an unknown layer, or a consumer whose inputs are no multiple of the filters.
+        ValueError: n out of range, an unknown layer, or a consumer that does not read the filters.
     """
     ranks = path.ranks(layer, "filter")
     if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= len(ranks):
@@ -126,7 +126,7 @@ def extract_top_filters(path: ActivationPath, layer: str, n: int, consumer: str 
         weight = getattr(module, attribute)
         dim = 0 if isinstance(module, _ConvTransposeNd) else 1
         run, rest = divmod(weight.shape[dim], len(ranks))
-        if rest or not run or getattr(module, "groups", 1) != 1:
+        if rest or not run or getattr(module, "groups", 1) != 1 or (run > 1 and isinstance(module, _ConvNd)):
             raise ValueError(
                 f"{consumer!r} with {weight.shape[dim]} inputs does not read the {len(ranks)} filters of {layer!r}"
             )

@@ -48,30 +48,31 @@ def reinitialize_filters(
     Raises:
         ValueError: percent or threshold out of range, or an unknown layer; nothing was changed.
     """
-    restarted = {}
+    new_rows = {}
     for name, param, gone in _last_filters(path, percent, layers):
         dim = filter_dim(path.model, name, param)
         if threshold > 0:
-            active = path.optimizer.support(param).transpose(0, dim).flatten(1).any(1)
+            active = _matrix(_rows(path.optimizer.support(param), dim)).any(1)
             if float(active.float().mean()) < threshold:
                 continue
-        rows = param.detach().transpose(0, dim)
+        rows = _rows(param, dim)
         count = int(gone.sum())
         scale = float(param.std()) if param.numel() > 1 else 1.0
         new = torch.rand((count, *rows.shape[1:]), generator=generator, dtype=torch.float64)
         new = ((2 * new - 1) * scale * math.sqrt(3)).to(param.device)
         if orthogonal and count:
-            new = _orthogonal_to(rows[~gone].flatten(1).double(), new.flatten(1), scale).view(new.shape)
+            new = _orthogonal_to(_matrix(rows[~gone]).double(), _matrix(new), scale).view(new.shape)
+        new_rows[name] = (param, dim, gone, new)
+    for param, dim, gone, new in new_rows.values():  # nothing is refused from here on
         state = path.optimizer.state.get(param, {})
         for slot, tensor in state.items():
             if slot != "mask" and torch.is_tensor(tensor) and tensor.shape == param.shape:
-                tensor.transpose(0, dim)[gone] = new.to(tensor.dtype) if slot == "master" else 0
-        rows[gone] = new.to(param.dtype)
+                _rows(tensor, dim)[gone] = new.to(tensor.dtype) if slot == "master" else 0
+        _rows(param, dim)[gone] = new.to(param.dtype)
         if (mask := path.optimizer.get_mask(param)) is not None:
             for tensor in (param, *(t for s, t in state.items() if s == "master")):
                 tensor.masked_fill_(~mask, 0)
-        restarted[name] = gone
-    return restarted
+    return {name: gone for name, (_, _, gone, _) in new_rows.items()}
 
 
 @torch.no_grad()
@@ -85,18 +86,21 @@ def scale_filters(
 ) -> dict[str, Tensor]:
     """Multiply the round(percent / 100 * n) filters of each layer that entered last or never, by a factor >= 0.
 
-    Args, returns and errors as `reinitialize_filters`; with `biases`, theirs too.
+    Args, returns and errors as `reinitialize_filters`; with `biases`, theirs too. A bias with a twin is scaled
+    once, with its filter or by its own place.
     """
     check_number("scale_filters", "factor", factor)
     chosen = _last_filters(path, percent, layers)
-    for name, param, gone in chosen:
-        module = owner_of(path.model, name)[2] if biases else None
-        bias: Any = getattr(module, "bias", None)
-        for one, dim in ((param, filter_dim(path.model, name, param)), *([(bias, 0)] if bias is not None else [])):
-            for tensor in (one.detach(), path.optimizer.state.get(one, {}).get("master")):
-                if tensor is not None:
-                    tensor.transpose(0, dim)[gone] *= factor
-    return {name: gone for name, _, gone in chosen}
+    scaled = {param: (filter_dim(path.model, name, param), gone) for name, param, gone in chosen}
+    for name, _, gone in chosen:
+        bias: Any = getattr(owner_of(path.model, name)[2], "bias", None) if biases else None
+        if bias is not None:
+            scaled[bias] = (0, gone | scaled[bias][1] if bias in scaled else gone)
+    for param, (dim, gone) in scaled.items():
+        for tensor in (param, path.optimizer.state.get(param, {}).get("master")):
+            if tensor is not None:
+                _rows(tensor, dim)[gone] *= factor
+    return {name: scaled[param][1] for name, param, _ in chosen}
 
 
 @torch.no_grad()
@@ -140,6 +144,15 @@ def _last_filters(
         ranks = path.ranks(name, "filter")
         chosen.append((name, path._param(name, "filter"), ranks >= len(ranks) - round(percent / 100 * len(ranks))))
     return chosen
+
+
+def _rows(tensor: Tensor, dim: int) -> Tensor:
+    """A view with the filters in dim 0; a scalar is one filter."""
+    return tensor.detach().transpose(0, dim) if tensor.ndim else tensor.detach().view(1)
+
+
+def _matrix(rows: Tensor) -> Tensor:
+    return rows.flatten(1) if rows.ndim > 1 else rows[:, None]
 
 
 def _orthogonal_to(kept: Tensor, new: Tensor, scale: float) -> Tensor:

@@ -87,7 +87,10 @@ class RigL:
                 raise TypeError(f"RigL: {name} must be an int, got {number!r}")
             if number < 1:
                 raise ValueError(f"RigL: {name} must be >= 1, got {number!r}")
-        named = _named(model)[1 if first_dense else 0 :]
+        named = _named(model)
+        if first_dense and len(named) == 1:
+            raise ValueError(f"RigL: first_dense=True leaves {named[0][0]!r}, the only weight, dense; use False")
+        named = named[1 if first_dense else 0 :]
         held = {p for group in optimizer.param_groups for p in group["params"]}
         for name, weight in named:
             if weight not in held:

@@ -32,7 +32,7 @@ class Statistics:
     p75: Any
     max: Any
     mean: Any
-    filter_norms: list[Any]  # float64 arrays, a norm per filter; empty for vectors and scalars
+    filter_norms: list[Any]  # float64 arrays, a norm per filter; empty for vectors, scalars, grouped transposed conv.
 
     def __len__(self) -> int:
         return len(self.step)
@@ -96,7 +96,7 @@ class StatisticsRecorder:
                 tensor = param.detach() if quantity == "weight" else param.grad
                 if tensor is not None:
                     keys.append((name, quantity))
-                    values.append(_summary(tensor.double(), filter_dim(self.model, name, param)))
+                    values.append(_summary(tensor.double(), _filter_dim(self.model, name, param)))
         if values:
             home = values[0].device  # tensors on several devices meet on one
             read = torch.cat([value.to(home) for value in values]).cpu().numpy()
@@ -118,7 +118,9 @@ class StatisticsRecorder:
         columns |= {name: numpy.array([v[i] for v in values]) for i, name in enumerate(_NUMBERS)}
         columns["norms"] = numpy.concatenate([v[len(_NUMBERS) :] for v in values])
         columns["norm_counts"] = numpy.array([len(v) - len(_NUMBERS) for v in values], numpy.int64)
-        path = self.folder / f"statistics-{len(_files(self.folder)):06d}.npz"
+        ends = [file.stem.removeprefix("statistics-") for file in _files(self.folder)]
+        number = 1 + max((int(end) for end in ends if end.isdecimal()), default=-1)  # earlier files may be gone
+        path = self.folder / f"statistics-{number:06d}.npz"
         part = path.with_suffix(".part")
         with open(part, "wb") as file:
             numpy.savez_compressed(file, **columns)
@@ -151,9 +153,16 @@ def read_statistics(folder: str | Path) -> Statistics:
     return Statistics(**columns, filter_norms=numpy.split(norms, counts.cumsum()[:-1]))
 
 
-def _summary(x: Tensor, dim: int) -> Tensor:
+def _filter_dim(model: Model, name: str, param: Tensor) -> int | None:
+    try:
+        return filter_dim(model, name, param)
+    except ValueError:  # a grouped transposed convolution: its filters are no slices
+        return None
+
+
+def _summary(x: Tensor, dim: int | None) -> Tensor:
     """The six numbers and the filter norms of a float64 tensor, in one; NaN where it holds a NaN or is empty."""
-    norms = filter_norms(x, dim) if x.ndim > 1 else x.new_zeros(0)
+    norms = filter_norms(x, dim) if x.ndim > 1 and dim is not None else x.new_zeros(0)
     if not x.numel():
         return torch.cat([x.new_full((len(_NUMBERS),), torch.nan), norms])
     ordered = x.flatten().sort().values

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..optim import SparseOptimizer
+from ..optim._shards import mask_as
 from .activation_path import chosen_layers, named_of, with_twin
 
 if TYPE_CHECKING:
@@ -126,20 +128,21 @@ class MaskedTraining:
 
 
 class _Release:
-    def __init__(self, optimizer: Any, param: Tensor) -> None:
-        self.optimizer, self.param = optimizer, param
+    def __init__(self, optimizer: Any, param: Tensor, earlier: Tensor | None) -> None:
+        self.optimizer, self.param, self.earlier = optimizer, param, earlier
 
     def remove(self) -> None:
-        self.optimizer.set_mask(self.param, None)
+        self.optimizer.set_mask(self.param, self.earlier)
 
 
 @torch.no_grad()
 def masked(optimizer: torch.optim.Optimizer, model: Any, masks: Mapping[str, Tensor]) -> MaskedTraining:
     """Keep weights at exactly zero while any optimizer trains the others.
 
-    Optimizers of this package mask inside their step. For all others, gradients are masked in place before each step,
-    and weights and every state tensor of their shape (momentum, moments) after it, so that neither weight decay nor old
-    momentum leaks. The same happens now, at once.
+    Optimizers of this package mask inside their step: with a mask set before, both hold, and it comes back at the end
+    (end the last of several first). For all others, gradients are masked in place before each step, and weights and
+    every state tensor of their shape (momentum, moments) after it, so that neither weight decay nor old momentum leaks.
+    The same happens now, at once.
 
     Args:
         optimizer: any; parameters that it does not hold are masked by other optimizers' hooks, or not at all.
@@ -153,10 +156,11 @@ def masked(optimizer: torch.optim.Optimizer, model: Any, masks: Mapping[str, Ten
     params = _masked_params(model, masks)
     held = {p for group in optimizer.param_groups for p in group["params"]}
     pairs = [(p, masks[name].to(p.device)) for name, p in params.items() if p in held]
-    if hasattr(optimizer, "set_mask"):
-        for param, mask in pairs:
-            optimizer.set_mask(param, mask)
-        return MaskedTraining([_Release(optimizer, param) for param, _ in pairs])
+    if isinstance(optimizer, SparseOptimizer):
+        earlier = [optimizer.get_mask(param) for param, _ in pairs]
+        for (param, mask), old in zip(pairs, earlier):
+            optimizer.set_mask(param, mask if old is None else mask_as(param, mask) & old)
+        return MaskedTraining([_Release(optimizer, param, old) for (param, _), old in zip(pairs, earlier)])
 
     @torch.no_grad()
     def before(*_: Any) -> None:
