@@ -256,7 +256,7 @@ class Separable(Regularizer):
         raise NotImplementedError
 
     def line(self, dtype: torch.dtype = torch.float64) -> tuple[Any, Any] | None:
-        """(level, slope), computed in `dtype`, if phi'(t) = level - slope * t for t > 0, as far as that is positive: as a
+        """(level, slope), computed in `dtype`:  phi'(t) = level - slope * t for t > 0, as far as that is positive: as a
         group penalty it has a prox in a diagonal metric then."""
         return None
 

@@ -187,7 +187,7 @@ template <class Rule> void oracle(TestTensor& t, const Step& step) {
     const double gradient = t.g[i] * step.scalars[1];
     if constexpr (!Rule::kLate) Rule::template update<double>(gradient, t.p[i], state[i].data(), h);
     Point<double> point = Rule::template point<double>(gradient, t.p[i], state[i].data(), h);
-    if (!t.keep[i]) point.z = 0, state[i].fill(0);
+    if (!t.keep[i]) point.z = point.scale = 0, state[i].fill(0);
     t.error_scale[i] = 1 + std::abs(t.p[i]) + std::abs(t.s[0][i]) + (std::isfinite(point.z) ? std::abs(point.z) : 0);
     q[i] = prox(point.z, point.scale, step.elementwise);
     scales[i] = point.scale;
@@ -224,7 +224,7 @@ template <class Rule> void oracle(TestTensor& t, const Step& step) {
   for (int64_t i = 0; i < t.numel; ++i) {
     t.p[i] = finish_rule<Rule, double>(q[i], t.g[i] * step.scalars[1], t.p[i], state[i].data(), h);
     if (!t.keep[i]) t.p[i] = 0, state[i].fill(0);
-    for (int m = 0; m < t.slots; ++m) t.s[m][i] = state[i][m];
+    for (int m = Rule::kFixedSlots; m < t.slots; ++m) t.s[m][i] = state[i][m];
   }
 }
 
