@@ -32,7 +32,7 @@ def cube_root(x: Tensor) -> Tensor:
     return torch.where((size > 0) & (size <= torch.finfo(x.dtype).max), t, x)
 
 
-def clamp(x: Tensor, limit: Tensor) -> Tensor:
-    """x within [-limit, limit], by comparisons as in the kernels: NaN passes, and -0 where the limit is zero."""
-    below = torch.where(x > limit, limit, x)
-    return torch.where(below < -limit, -limit, below)
+def clamp(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """x within [low, high], by comparisons as in the kernels: NaN passes, and so does -0 where a limit is zero."""
+    below = torch.where(x > high, high, x)
+    return torch.where(below < low, low, below)

@@ -174,3 +174,13 @@ def test_a_tensor_of_several_elements_is_refused_by_name():
         ValueError, match=r"L1: a tensor lam must have one floating-point element, got .* of shape \(2,\)"
     ):
         L1(torch.ones(2))
+
+
+def test_a_skipped_step_leaves_no_count(driver):
+    p = nn.Parameter(torch.ones(10))
+    p.grad = torch.full((10,), torch.inf)
+    optimizer = registry.RULES["proxsgd"].make([p], L1(0.1), capturable=True, count_nonzeros=True, fused=driver.fused)
+    optimizer.found_inf = torch.tensor(1.0)
+    for _ in range(2):
+        optimizer.step()
+        assert optimizer.density().rows[0].nonzeros == 10

@@ -160,3 +160,27 @@ def test_digits_with_a_fifth_of_the_neurons():
     accuracy = float((model(data.test_x).argmax(1) == data.test_y).float().mean())
     assert alive < 60
     assert accuracy > 0.93
+
+
+def test_start_counts_steps_that_were_taken():
+    p = nn.Parameter(torch.ones(4, 4))
+    optimizer = HSPG([p], 0.1, GroupLasso(0.1), start=2)
+    optimizer.step()  # no gradient
+    p.grad, optimizer.found_inf = torch.full((4, 4), torch.inf), torch.tensor(1.0)
+    optimizer.step()  # an overflow
+    del optimizer.found_inf
+    for projecting in (False, False, True):
+        p.grad = torch.zeros(4, 4)
+        optimizer.step()
+        assert optimizer.param_groups[0]["projecting"] == projecting
+    optimizer.half_space(False)
+    optimizer.step()
+    assert optimizer.param_groups[0]["projecting"] is False
+
+
+def test_a_compiled_step_does_not_ignore_start():
+    p = nn.Parameter(torch.ones(4, 4))
+    p.grad = torch.ones(4, 4)
+    optimizer = HSPG([p], 0.1, GroupLasso(0.1), start=2)
+    with pytest.raises(Exception, match=r"call half_space\(\) when it is time"):
+        torch.compile(optimizer.step, fullgraph=True, backend="eager")()

@@ -135,3 +135,10 @@ def test_a_run_with_stages_ends_sparse():
 def test_what_is_refused(make, error, message):
     with pytest.raises(error, match=message):
         make(RMDA(model()))
+
+
+def test_a_tensor_lr_that_groups_share_is_scaled_once():
+    params = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = RMDA([{"params": [p]} for p in params], lr=torch.tensor(1.0))
+    Restarts(optimizer, milestones=[1], gamma=0.5).step()
+    assert [float(group["lr"]) for group in optimizer.param_groups] == [0.5, 0.5]

@@ -128,3 +128,18 @@ def test_a_penalty_without_a_weighted_prox_is_refused_by_name():
         with pytest.raises(ValueError, match=wanted):
             optimizer.step()
     assert torch.equal(p, x)
+
+
+@pytest.mark.parametrize("optimizer_class", [ProxAdam, RAMDA])
+@pytest.mark.parametrize("reg", [L1(0.01), GroupLasso(0.01)], ids=str)
+def test_a_mask_hides_infinite_step_sizes(driver, optimizer_class, reg):
+    """Behind it the metric is zero, and without eps its inverse infinite."""
+    p = torch.nn.Parameter(torch.randn(3, 8))
+    optimizer = optimizer_class([p], lr=0.1, reg=reg, eps=0.0, fused=driver.fused)
+    mask = torch.ones(3, 8, dtype=torch.bool)
+    mask[0, 0] = False
+    optimizer.set_mask(p, mask)
+    p.grad = torch.randn(3, 8)
+    optimizer.step()
+    assert bool(p.isfinite().all())
+    assert bool(optimizer.prox_point(p).isfinite().all())

@@ -38,7 +38,7 @@ class ElasticNet(Separable):
 
     def _scalar_prox(self, x: Tensor, scale: Tensor) -> Tensor:
         threshold = scale * self.lam
-        return (x - clamp(x, threshold)) / (1 + scale * self.l2)
+        return (x - clamp(x, -threshold, threshold)) / (1 + scale * self.l2)
 
     def _slope(self, x: Tensor) -> Tensor:
         return self.lam * x.sign() + self.l2 * x

@@ -38,7 +38,7 @@ class L1(Separable):
 
     def _scalar_prox(self, x: Tensor, scale: Tensor) -> Tensor:
         threshold = scale * self.lam
-        return x - clamp(x, threshold)  # identity minus projection: NaN stays NaN
+        return x - clamp(x, -threshold, threshold)  # identity minus projection: NaN stays NaN
 
     def _slope(self, x: Tensor) -> Tensor:
         return self.lam * x.sign()

@@ -54,7 +54,7 @@ class MCP(Separable):
         a, threshold, flat, slack = x.abs(), scale * lam, lam * gamma, gamma - scale
         convex = slack > 0
         ratio = torch.where(convex, gamma, threshold) / torch.where(convex, slack, a)
-        shrunk = torch.where(convex, (x - clamp(x, threshold)) * ratio, 0.0)
+        shrunk = torch.where(convex, (x - clamp(x, -threshold, threshold)) * ratio, 0.0)
         end = torch.where(convex, flat, flat * ratio)
         return torch.where(a <= end, shrunk, x)  # NaN stays
 

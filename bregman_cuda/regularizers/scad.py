@@ -48,8 +48,8 @@ class SCAD(Separable):
             torch.as_tensor(self.a, dtype=scale.dtype, device=scale.device),
         )  # in the dtype that kernels use
         a, threshold, slack, both = x.abs(), scale * lam, (b - 1) - scale, b + 1
-        soft = x - clamp(x, threshold)
-        beyond = soft - clamp(soft, lam)
+        soft = x - clamp(x, -threshold, threshold)
+        beyond = soft - clamp(soft, -lam, lam)
         convex = slack > 0
         ratio = torch.where(convex, scale, threshold) / torch.where(convex, slack, a)
         shrunk = soft + torch.where(convex, beyond * ratio, 0.0)

@@ -297,7 +297,7 @@ struct Groups : TileOf<Rule, T> {
     const int64_t next = left < columns ? left : columns;
     const int32_t nonzeros = finish(base, columns, ColumnFactors<C>{spread_factor}, next);
     if (alive != nullptr)
-      for (int64_t m = 0; m < count; ++m) *alive += factor[m] != C(0) && this->any_nonzero(base + m * row);
+      for (int64_t m = 0; m < count; ++m) *alive += (factor[m] != C(0) || Rule::kReadsParam) && this->any_nonzero(base + m * row);
     return nonzeros;
   }
 };

@@ -13,7 +13,7 @@
 #include "math/dtypes.h"
 #include "math/radial.h"
 #include "math/rule_list.h"
-#include "math/weighted.h"
+#include "math/half_space.h"
 #include "specs.h"
 
 namespace {
@@ -94,7 +94,7 @@ double random_scalar() { return double(1 + g_random() % 7) / 8; }
 // --- one tensor: its buffers, and the double-precision copy that the oracle works on -------------------------------
 struct RuleNeeds {
   int id, slots, hypers;
-  bool reads_param, metric;
+  bool reads_param, paired, half_space;
   const char* name;
 };
 
@@ -172,7 +172,8 @@ Step random_step(const RuleNeeds& rule, bool grouped) {
   step.elementwise = {random_penalty(), last[0], last[1]};
   step.radial = {grouped ? random_penalty() : 0, last[2], last[3]};
   Line<double> line;
-  if (rule.metric && !line_of(step.radial, 1.0, line)) step.radial.kind = int(PenaltyKind::l1);
+  if (rule.paired && !line_of(step.radial, 1.0, line)) step.radial.kind = int(PenaltyKind::l1);
+  if (rule.half_space) step.elementwise.kind = int(PenaltyKind::none);
   return step;
 }
 
@@ -197,7 +198,19 @@ template <class Rule> void oracle(TestTensor& t, const Step& step) {
     std::vector<double> squares(t.numel), sizes(t.numel);
     for (int64_t i = 0; i < t.numel; ++i) squares[group[i]] += q[i] * q[i], sizes[group[i]] += t.error_scale[i];
     for (int64_t i = 0; i < t.numel; ++i) t.error_scale[i] = sizes[group[i]];
-    if constexpr (Rule::kMetric) {
+    if constexpr (Rule::kHalfSpace) {
+      Line<double> line{};
+      CHECK(line_of(step.radial, t.spec.weight, line), "penalty %d has no line", step.radial.kind);
+      std::vector<Sums> sums(t.numel, Sums{0, 0});
+      for (int64_t i = 0; i < t.numel; ++i) {
+        const Sums one = half_space_terms(q[i], scales[i]);
+        sums[group[i]].a += one.a, sums[group[i]].b += one.b;
+      }
+      for (int64_t i = 0; i < t.numel; ++i) {
+        const double pull = half_space_pull(sums[group[i]], line, h.lr, h.epsilon);
+        q[i] = half_space(q[i], scales[i], pull);
+      }
+    } else if constexpr (Rule::kMetric) {
       Line<double> line{};
       CHECK(line_of(step.radial, t.spec.weight, line), "penalty %d has no line", step.radial.kind);
       std::vector<double> norms(t.numel);
@@ -318,7 +331,7 @@ void run_round(const Driver& driver, const RuleNeeds& rule, DType dtype, bool gr
 
 template <class Rule> void run_rule(const Driver& driver, int id, const char* name, int rounds) {
   const RuleNeeds rule{id, Rule::kStateSlots, sizeof(typename Rule::template Hyper<double>) / sizeof(double),
-                       Rule::kReadsParam, Rule::kMetric, name};
+                       Rule::kReadsParam, kPaired<Rule>, Rule::kHalfSpace, name};
   for (int round = 0; round < rounds; ++round)
     for (bool grouped : {false, true})
       for (DType dtype : {DType::f32, DType::f64, DType::bf16, DType::fp16})
