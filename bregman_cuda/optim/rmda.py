@@ -128,13 +128,13 @@ class _DualAveraging(SparseOptimizer):
         if not float(state.get("step", 0.0)):
             return param.detach()
         h = rule.hyper(group, int(state["step"]), *(float(state[name]) for name in rule.counters))
-        slots, part = for_prox(param, group["reg"], {slot: state[slot] for slot in rule.slots})
+        mask = self.get_mask(param)
+        known = {slot: state[slot] for slot in rule.slots} | ({} if mask is None else {"mask": mask})
+        slots, part = for_prox(param, group["reg"], known)
         z, scale = rule.dual_point(slots, h)
-        mask: Any = self.get_mask(param)
         if mask is not None:
-            keep = local(mask) if z.shape == local(mask).shape else mask.full_tensor()
-            z = torch.where(keep, z, 0)
-            scale = torch.where(keep, scale, 0) if torch.is_tensor(scale) else scale
+            z = torch.where(slots["mask"], z, 0)
+            scale = torch.where(slots["mask"], scale, 0) if torch.is_tensor(scale) else scale
         point = torch.empty_like(param)
         local(point).copy_(part(z if group["reg"] is None else group["reg"].prox(z, scale)))
         return point
