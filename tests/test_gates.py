@@ -194,6 +194,7 @@ PLAIN = tuple(
     rule for rule in RULES if not constant(rule, "kMetric") and not constant(rule, "kHalfSpace")
 )  # rules whose group loops recompute points
 METRIC = tuple(rule for rule in RULES if constant(rule, "kMetric"))
+LATE = {rule for rule in RULES if constant(rule, "kLate")}
 BUFFERED = ("float", "double")  # what buffers hold
 FUNCTIONS = {
     "separable_block": ("separable.h", RULES, COMMON, PACKS, MASKED),
@@ -213,6 +214,12 @@ FUNCTIONS = {
     "half_space_points": ("buffered.h", BUFFERED),
     "shrink_points": ("buffered.h", BUFFERED),
 }
+
+
+def is_copy(function: str, instance: tuple[str, ...]) -> bool:
+    """Whether the loop only copies, which GCC hands to memcpy: a late rule's point is its dual as it is stored."""
+    copies = function in ("advance_run", "advance_points") and instance[0] in LATE
+    return copies and "L1" not in instance and instance[-1] == "false"
 
 
 def loop_lines(file: str, function: str) -> set[int]:
@@ -264,7 +271,8 @@ def test_every_instance_is_vectorised(loops: set[tuple[str, str, int]], function
         names = {name for name, f, n in loops if (f, n) == (file, line)}
         done = {match.group(1) for name in names if (match := re.search(rf"\b{function}<(.*)>\(", name))}
         done = {re.sub(r"<\w+> ?", "", found) for found in done}  # the factors' own argument
-        wanted = {", ".join(instance) for instance in itertools.product(*arguments)}
+        instances = (instance for instance in itertools.product(*arguments) if not is_copy(function, instance))
+        wanted = {", ".join(instance) for instance in instances}
         assert sorted(wanted - done) == [], f"{file}:{line}"
 
 

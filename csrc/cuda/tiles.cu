@@ -105,7 +105,7 @@ __device__ __forceinline__ void add_sums(int panel, const TileGeometry& tile, Gr
 }
 
 template <class Rule, class T>
-__global__ void __launch_bounds__(kThreads, kMinBlocks) tile_kernel(const __grid_constant__ KernelArgs<Rule, compute_t<T>> args) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : kMinBlocks) tile_kernel(const __grid_constant__ KernelArgs<Rule, compute_t<T>> args) {
   using Part = Tile<Rule, T>;
   using C = typename Part::C;
   constexpr int V = Part::V;
