@@ -32,6 +32,8 @@ def step_scalars(reg: Any, h: Hyper, grad_scale: Any, skip: Any = 0.0) -> list[A
     for penalty in _penalties(reg):
         own = [] if penalty is None else list(penalty.parameters().values())
         scalars += own + [0.0] * (_PENALTY_PARAMETERS - len(own))
+    if reg is not None and reg.budgets_kernel:
+        scalars[-_PENALTY_PARAMETERS] = reg.lam
     return scalars
 
 
@@ -40,6 +42,8 @@ def why_reference(reg: Any) -> str:
     if reg is None or not (reg.whole or _penalties(reg) == (None, None)):
         return ""
     name = type(reg).__name__
+    if reg.budgets_kernel:
+        return "" if isinstance(reg.weight, str) else f"{name} runs in plain torch: its groups have weights of their own"
     return f"{name} runs in plain torch: {reg.whole or 'it has no penalty on elements or group norms'}"
 
 

@@ -39,6 +39,17 @@ def step_(
     finish(rule, h, z if reg is None else rule.shrink(reg, z, scale, h), before, grad, param, state, mask)
 
 
+@torch.no_grad()
+def step_together_(
+    rule: Rule, reg: Regularizer, h: Hyper, tensors: list[tuple[Tensor, Tensor, State, Tensor | None]], grad_scale: float
+) -> None:
+    """`step_` on tensors (parameter, gradient, state, mask) whose groups share a budget; the prox scale is a number."""
+    halves = [advance(rule, h, *tensor, grad_scale) for tensor in tensors]
+    points = reg.prox_together([z for z, *_ in halves], halves[0][1])
+    for (param, _, state, mask), (_, _, before, grad), q in zip(tensors, halves, points):
+        finish(rule, h, q, before, grad, param, state, mask)
+
+
 def advance(
     rule: Rule, h: Hyper, param: Tensor, grad: Tensor, state: State, mask: Tensor | None, grad_scale: float
 ) -> tuple[Tensor, Any, Tensor, Tensor]:

@@ -38,6 +38,7 @@ class SparseOptimizer(torch.optim.Optimizer):
     """
 
     _captured: list[GroupPlan]  # plans that a CUDA graph may hold
+    joint = False  # whether all tensors of a group may share one prox (`Regularizer.prox_together`)
     dense_params = False  # whether the sparse points lie beside the parameters: averages of them, or twins
 
     # torch.amp.GradScaler then leaves unscaling and the skip on overflow to `step`.
@@ -88,6 +89,8 @@ class SparseOptimizer(torch.optim.Optimizer):
         check_lr(owner, group["lr"], group["capturable"])
         if reg is not None and not isinstance(reg, Regularizer):
             raise TypeError(f"{owner}: reg must be None or a regularizer such as bregman_cuda.L1(lam=0.1), got {reg!r}")
+        if reg is not None and -1 in reg.budgets(2) and not self.joint:
+            raise ValueError(f"{owner}: reg must have one k per tensor (scope='tensor') here; ProxSGD shares it, got {reg!r}")
         if group["fused"] not in (None, True, False):
             raise ValueError(f"{owner}: fused must be True, False or None, got {group['fused']!r}")
         if group["capturable"] and group["check_finite"]:
@@ -114,6 +117,11 @@ class SparseOptimizer(torch.optim.Optimizer):
                     raise ValueError(f"{owner}: {self._describe(group, index)}: {error}") from None
             if why := why_refused(param, reg, self._rule(group), group["capturable"]):
                 raise NotImplementedError(f"{owner}: {self._describe(group, index)}: {why}")
+        if reg is not None:
+            try:
+                reg.fits_together([param.shape for param in group["params"]])
+            except ValueError as error:
+                raise ValueError(f"{owner}: {error}") from None
 
     def _describe(self, group: dict[str, Any], index: int) -> str:
         names = group.get("param_names")
@@ -239,7 +247,7 @@ class SparseOptimizer(torch.optim.Optimizer):
     def _plan(self, number: int, group: dict[str, Any], active: Any) -> GroupPlan:
         """The group's plan; built anew when anything but gradients and scalars changed."""
         reg, params = group["reg"], group["params"]
-        kind = (type(reg), *(getattr(reg, name, None) for name in ("groups", "weight", "k")))
+        kind = (type(reg), *(getattr(reg, name, None) for name in ("groups", "weight", "k", "scope")))
         key = (active, self._rule(group).name, kind, group["fused"], group["capturable"])
         stepped = params if len(active) == len(params) else [params[i] for i in active]
         pointers = [local(p).data_ptr() for p in stepped] if self._sharded else [p.data_ptr() for p in stepped]

@@ -133,11 +133,14 @@ class ReferenceBucket(Bucket):
         self._count(group)
 
     def _run(self, group: dict[str, Any], grads: list[Tensor], h: Hyper, factor: Any) -> None:
-        reg = group["reg"]
-        for param, grad, state in zip(self.params, grads, self.states):
-            parts = {slot: local(value) for slot, value in state.items()}
-            mask = unpack(parts["mask"], param) if "mask" in parts else None
-            reference.step_(self.rule, reg, h, param, grad, parts, mask, factor)
+        parts = [{slot: local(value) for slot, value in state.items()} for state in self.states]
+        masks = [unpack(part["mask"], p) if "mask" in part else None for p, part in zip(self.params, parts)]
+        tensors = list(zip(self.params, grads, parts, masks))
+        if -1 in budgets(group["reg"], self.params):
+            reference.step_together_(self.rule, group["reg"], h, tensors, factor)
+            return
+        for tensor in tensors:
+            reference.step_(self.rule, group["reg"], h, *tensor, factor)
 
     def _count(self, group: dict[str, Any]) -> None:
         count, reg = group["count_nonzeros"], group["reg"]
@@ -172,10 +175,11 @@ class FusedBucket(Bucket):
             masks,
             [group_bits(reg, p) for p in params],
             [group_weight(reg, p) for p in params],
+            budgets(reg, params),
             kernels.rule_id(rule),
         )
         self.kept = (flat_state, masks)  # the plan holds their addresses
-        self.grouped = reg is not None and reg.radial is not None
+        self.grouped = any(group_bits(reg, p) >= 0 for p in params)
         self.device_plan = self.plan.to(params[0].device)
         self.item_tensor = kernels.plan_items(self.plan)
         self.none = torch.empty(0, dtype=torch.int32, device=params[0].device)
@@ -240,14 +244,32 @@ def slots_of(rule: Rule, param: Tensor) -> tuple[str, ...]:
 
 def group_bits(reg: Any, param: Tensor) -> int:
     """The dims that identify a group as bits, or -1 for a regularizer without groups."""
-    if reg is None or reg.radial is None:
-        return -1
-    return sum(1 << d for d in reg.groups_of(param.shape))
+    dims = None if reg is None else reg.groups_of(param.shape)
+    return -1 if dims is None else sum(1 << d for d in dims)
 
 
 def group_weight(reg: Any, param: Tensor) -> float:
     """The weight of each of a parameter's groups."""
     return 1.0 if reg is None or not param.numel() else float(reg.group_weight(param.shape))
+
+
+def budgets(reg: Any, params: Sequence[Any]) -> list[int]:
+    """See `Regularizer.budgets`."""
+    known: list[int] = [0] * len(params) if reg is None else reg.budgets(len(params))
+    return known
+
+
+def check_together(reg: Any, params: Sequence[Any], parts: int) -> None:
+    """Refuse tensors that share a budget and are stepped in several parts.
+
+    Raises:
+        RuntimeError: there are several parts.
+    """
+    if parts > 1 and -1 in budgets(reg, params):
+        raise RuntimeError(
+            f"{type(reg).__name__} shares its k over tensors that cannot step together: they differ in device, dtype, "
+            "number of steps taken, or in whether kernels serve them; give them parameter groups and a k of their own"
+        )
 
 
 class GroupPlan:
@@ -272,6 +294,7 @@ class GroupPlan:
             live = group["capturable"] or state["step"].device.type != "cpu"
             key = (params[i].device, params[i].dtype, *counter_values(rule, state), live, cut, kernels)
             split.setdefault(key, []).append(position)
+        check_together(reg, params, len(split))
         for (*_, live, cut, kernels), positions in split.items():
             states = [optimizer.state[params[active[k]]] for k in positions]
             chosen = [local(params[active[k]]) for k in positions]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import _backend
 from ._masks import in_memory_order
-from ._plan import group_bits, group_weight, in_one_tensor, slots_of
+from ._plan import budgets, check_together, group_bits, group_weight, in_one_tensor, slots_of
 from ._rule import Rule
 from ._shards import traced_cut, traced_parts
 
@@ -32,6 +32,7 @@ def fused_step_(
     masks: list[Tensor],
     group_dims: list[int],
     weights: list[float],
+    budgets: list[int],
     rule: str,
     elementwise: str,
     radial: str,
@@ -43,7 +44,7 @@ def fused_step_(
         params, grads: n tensors each; a gradient of another memory layout than its parameter's is copied.
         state: n times the rule's slots, in the parameters' shapes and layouts.
         masks: n packed masks in memory order, empty for none.
-        group_dims, weights: per tensor, as in the op `plan`.
+        group_dims, weights, budgets: per tensor, as in the op `plan`.
         rule, elementwise, radial: names; the penalties of elements and of group norms.
         scalars: float64: whether to skip the step, the factor on gradients, the rule's hyper-parameters, two numbers
             per penalty. Kernels read them on the parameters' device; from another they are read here.
@@ -54,10 +55,10 @@ def fused_step_(
     kinds = [kernels.rules[rule][0], *(kernels.penalties[name][0] for name in (elementwise, radial))]
     tensors = (*params, *state, *masks)
     layouts = [(p.dtype, p.shape, p.stride()) for p in params]
-    key = (*[t.data_ptr() for t in tensors], *layouts, *group_dims, *weights, kinds[0])
+    key = (*[t.data_ptr() for t in tensors], *layouts, *group_dims, *weights, *budgets, kinds[0])
     plans = _PLANS.get(key)
     if plans is None:
-        plan = kernels.plan(params, state, masks, group_dims, weights, kinds[0])
+        plan = kernels.plan(params, state, masks, group_dims, weights, budgets, kinds[0])
         plans = _PLANS[key] = (plan, plan.to(params[0].device))
         if len(_PLANS) > _MOST_PLANS:
             _PLANS.popitem(last=False)
@@ -107,6 +108,7 @@ def traced_step(optimizer: SparseOptimizer) -> None:
                     break
             else:
                 buckets.append([(param, state)])
+        check_together(group["reg"], group["params"], len(buckets))
         for bucket in buckets:
             params, grads = [param for param, _ in bucket], [param.grad for param, _ in bucket]
             states = [state for _, state in bucket]
@@ -133,6 +135,7 @@ def _step(
         [in_memory_order(s["mask"], p) if "mask" in s else none for s, p in zip(states, params)],
         [group_bits(reg, p) for p in params],
         [group_weight(reg, p) for p in params],
+        budgets(reg, params),
         rule.name,
         *_backend.penalty_names(reg),
         in_one_tensor(values, step.device),

@@ -63,6 +63,8 @@ class ProxSGD(SparseOptimizer):
     tensor([0.4000, 0.0000])
     """
 
+    joint = True
+
     def __init__(
         self,
         params: Iterable[Any],

@@ -58,6 +58,7 @@ class Regularizer:
     convex: ClassVar[bool] = True  # Bregman optimizers need it: their dual is a subgradient
     # Empty, or why the prox needs a whole tensor at once: no composition of phi and psi, so no kernels and no shards.
     whole: ClassVar[str] = ""
+    budgets_kernel: ClassVar[bool] = False  # whether the kernels know its groups' shares of a budget nevertheless
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -87,6 +88,22 @@ class Regularizer:
     def group_weight(self, shape: Sequence[int]) -> float:
         """The weight w_G of a group (the same for all groups of a tensor)."""
         return 1.0
+
+    def budgets(self, count: int) -> list[int]:
+        """For each of so many tensors: the k that its groups share, -1 if they share the k of the tensor before, 0 if
+        they share none."""
+        return [0] * count
+
+    def fits_together(self, shapes: Sequence[Sequence[int]]) -> None:
+        """Check the tensors of a parameter group, each of which fits by itself.
+
+        Raises:
+            ValueError: they do not fit together.
+        """
+
+    def prox_together(self, points: Sequence[Tensor], step: Step) -> list[Tensor]:
+        """The prox of all tensors of a parameter group; of each by itself unless they share a budget."""
+        return [self.prox(x, step) for x in points]
 
     def group_norms(self, x: Tensor) -> Tensor:
         """Euclidean norm of every group, with the reduced dimensions kept at size 1. Sums run in float64."""

@@ -24,21 +24,22 @@ class GroupEnvelope(Grouped):
     of one element). k counts the groups of one tensor. Where x has at most k non-zero groups, J is plain weight
     decay; beyond, groups compete: the k-th largest sets the bar. One prox shrinks, too, and rarely leaves exactly k.
 
-    It couples all groups of a tensor, so that it runs in plain torch (`fused=True` is refused). No value is read back
-    from the device; a tuple of weights is copied to it each time. A NaN fills its group and leaves the others as if
-    that group were zero. For a k per layer give `param_groups` a function:
-    ``weights=lambda name, p: GroupEnvelope(0.1, k=max(1, len(p) // 4))``.
+    It couples all groups of a tensor, or of all tensors: a step takes three launches (norms, shares, scale), and no
+    value is read back from the device. A NaN fills its group and leaves the others as if that group were zero. For a k
+    per layer give `param_groups` a function: ``weights=lambda name, p: GroupEnvelope(0.1, k=max(1, len(p) // 4))``.
 
     Args:
         lam: strength, >= 0; 0 is the identity.
-        k: how many groups are free of the extra shrinkage, from 1 to the number of groups of the tensor.
+        k: how many groups are free of the extra shrinkage, from 1 to their number.
         groups: as in `GroupLasso`.
         weight: d_G. "none" (1), "sqrt_size" (as w_G in `GroupLasso`), or a tuple of numbers > 0, one per group in
-            index order.
+            index order (in plain torch; copied to the device each time).
+        scope: "tensor", each tensor has a k of its own, or "all": the tensors of a parameter group that take a step
+            share k. `ProxSGD` serves that; the functions of one tensor count that tensor alone, see `prox_together`.
 
     Raises:
-        ValueError, TypeError: a value out of its range; by `groups_of`, and so when an optimizer is made: a tensor
-            with fewer than k groups, without the dims of `groups`, or with another number of groups than weights.
+        ValueError, TypeError: a value out of its range; by `groups_of`, and so when an optimizer is made: fewer than
+            k groups, a tensor without the dims of `groups`, or with another number of groups than weights.
 
     >>> GroupEnvelope(1.0, k=1).prox(torch.tensor([[6.0, 8.0], [0.3, 0.4], [3.0, 4.0]]), 1.0)
     tensor([[3., 4.],
@@ -50,6 +51,8 @@ class GroupEnvelope(Grouped):
     k: int
     groups: str | tuple[int, ...] = "out"
     weight: str | tuple[float, ...] = "none"
+    scope: str = "tensor"
+    budgets_kernel = True
     whole = "it shares k among all groups of a tensor"
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -58,6 +61,8 @@ class GroupEnvelope(Grouped):
                 raise TypeError(f"GroupEnvelope: k must be an int, got {value!r}")
             if value < 1:
                 raise ValueError(f"GroupEnvelope: k must be >= 1, got {value!r}")
+        if name == "scope" and value not in ("tensor", "all"):
+            raise ValueError(f"GroupEnvelope: scope must be 'tensor' or 'all', got {value!r}")
         if name == "weight" and isinstance(value, (tuple, list)):
             Regularizer.__setattr__(self, name, _check_weights(value))
         else:
@@ -70,8 +75,8 @@ class GroupEnvelope(Grouped):
             ValueError: the tensor has too few dimensions, too few groups for k, or not as many as there are weights.
         """
         dims = super().groups_of(shape)
-        count = math.prod(shape[d] for d in dims)
-        if math.prod(shape) and self.k > count:
+        count = math.prod([shape[d] for d in dims])
+        if math.prod(shape) and self.k > count and self.scope == "tensor":
             raise ValueError(
                 f"GroupEnvelope: k={self.k} is more than the {count} groups (groups={self.groups!r}) "
                 f"of a tensor of shape {tuple(shape)}"
@@ -83,6 +88,16 @@ class GroupEnvelope(Grouped):
             )
         return dims
 
+    def budgets(self, count: int) -> list[int]:
+        return [self.k] * count if self.scope == "tensor" else [self.k, *[-1] * (count - 1)]
+
+    def fits_together(self, shapes: Sequence[Sequence[int]]) -> None:
+        count = sum(math.prod(shape[d] for d in self.groups_of(shape)) for shape in shapes if math.prod(shape))
+        if self.scope == "all" and 0 < count < self.k:
+            raise ValueError(
+                f"GroupEnvelope: k={self.k} is more than the {count} groups (groups={self.groups!r}) of all tensors"
+            )
+
     def value(self, x: Tensor) -> Tensor:
         self.groups_of(x.shape)
         if not x.numel():
@@ -93,15 +108,30 @@ class GroupEnvelope(Grouped):
 
     def prox(self, x: Tensor, step: Step) -> Tensor:
         self._per_element(x, step)
-        self.groups_of(x.shape)
-        if not x.numel():
-            return x
-        norms = self.group_norms(x.double())
-        scale = torch.as_tensor(step, dtype=torch.float64, device=x.device) * self.lam
-        decay = (scale * self._weights(x)).expand_as(norms)
-        share = _shares(_finite(norms).flatten(), decay.flatten(), self.k).view_as(norms)
+        return self._prox([x], step)[0]
+
+    def prox_together(self, points: Sequence[Tensor], step: float | Tensor) -> list[Tensor]:
+        """The prox of each tensor with a k of its own, or with one k for all of them (scope="all").
+
+        Args:
+            points: tensors of any shapes and of one device.
+            step: a number or a 0-dim tensor, the same for all.
+        """
+        return self._prox(points, step) if self.scope == "all" else [self.prox(x, step) for x in points]
+
+    def _prox(self, points: Sequence[Tensor], step: Step) -> list[Tensor]:
+        for x in points:
+            self.groups_of(x.shape)
+        norms, decays = [], []
+        for x in points:
+            norms.append(self.group_norms(x.double()))
+            scale = torch.as_tensor(step, dtype=torch.float64, device=x.device) * self.lam
+            decays.append((scale * self._weights(x)).expand_as(norms[-1]) if x.numel() else norms[-1])
+        norm, decay = (torch.cat([x.flatten() for x in several]) for several in (norms, decays))
+        share = _shares(_finite(norm), decay, self.k) if len(norm) else norm
         factor = torch.where(decay == 0, torch.ones_like(share), share / (share + decay))
-        return x * torch.where(norms.isnan(), norms, factor).to(x.dtype)
+        factors = torch.where(norm.isnan(), norm, factor).split([x.numel() for x in norms])
+        return [x * f.view_as(n).to(x.dtype) if x.numel() else x for x, f, n in zip(points, factors, norms)]
 
     def subgradient(self, x: Tensor) -> Tensor:
         self.groups_of(x.shape)

@@ -309,12 +309,12 @@ struct PointGroups : TileOf<Rule, T> {
       for (int64_t m = 0; m < count; ++m) *alive += this->any_nonzero(base + m * row);
     return nonzeros;
   }
-  int32_t run_long(int64_t base, int64_t count, int32_t* alive) const {
+  int32_t run_long(int64_t base, int64_t, int64_t count, int32_t* alive) const {
     int32_t nonzeros = 0;
     for (int64_t m = 0; m < count; ++m) nonzeros += run(base + m * row, 1, alive);
     return nonzeros;
   }
-  int32_t run_columns(int64_t base, int64_t count, int32_t* alive) const { return run(base, count, alive); }
+  int32_t run_columns(int64_t base, int64_t, int64_t count, int32_t* alive) const { return run(base, count, alive); }
 };
 
 template <class Rule, class T>

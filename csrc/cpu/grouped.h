@@ -222,10 +222,13 @@ struct Groups : TileOf<Rule, T> {
       Base::rows, Base::scratch, Base::t;
   const C scale;
   const bool stream;
+  const Phase phase;
+  double* const values;  // one per group, where phases leave them
 
   Groups(const PlanView& plan, const TensorRecord& record, const void* grad, const StepArgs& args)
       : Base(record, grad, args), scale(uniform_scale<Rule, C>(k.h) * C(t.weight)),
-        stream(streams<Rule, T>(plan, t) && t.mask == nullptr) {}
+        stream(streams<Rule, T>(plan, t) && t.mask == nullptr), phase(args.phase),
+        values(phase == Phase::whole ? nullptr : plan.groups(t)) {}
 
   void advance_one(int64_t begin, int64_t n, double* lanes) const {
     if (t.mask == nullptr) return advance_run<Rule, Elementwise, T, false>(a, begin, n, k, lanes, nullptr);
@@ -265,15 +268,23 @@ struct Groups : TileOf<Rule, T> {
     return count;
   }
 
-  // Neighbouring groups that are one long run each.
-  int32_t run_long(int64_t base, int64_t count, int32_t* alive) const {
+  // Neighbouring groups, from number `first` of the tensor, that are one long run each.
+  int32_t run_long(int64_t base, int64_t first, int64_t count, int32_t* alive) const {
     int32_t nonzeros = 0;
     for (int64_t m = 0; m < count; ++m, base += row) {
-      double lanes[kLanes] = {};
-      advance_one(base, row, lanes);
-      const double total = sum_lanes(lanes);
       OneFactor<C> factor{};
-      radial_factors(&total, 1, scale, k.radial, &factor.factor);
+      if (phase == Phase::scale) {
+        factor.factor = C(values[first + m]);
+      } else {
+        double lanes[kLanes] = {};
+        advance_one(base, row, lanes);
+        const double total = sum_lanes(lanes);
+        if (phase == Phase::norms) {
+          values[first + m] = total;
+          continue;
+        }
+        radial_factors(&total, 1, scale, k.radial, &factor.factor);
+      }
       const int32_t found = finish(base, row, factor, 0);
       nonzeros += found;
       if (alive != nullptr) *alive += found > 0;
@@ -282,16 +293,21 @@ struct Groups : TileOf<Rule, T> {
   }
 
   // `count` groups of short or scattered runs: columns side by side, then the few columns of each group.
-  int32_t run_columns(int64_t base, int64_t count, int32_t* alive) const {
+  int32_t run_columns(int64_t base, int64_t first, int64_t count, int32_t* alive) const {
     const int64_t columns = count * row;
-    double* sums = scratch.template get<double>(0, columns);
-    double* totals = scratch.template get<double>(1, count);
     C* factor = scratch.template get<C>(2, count);
     C* spread_factor = scratch.template get<C>(3, columns + kSpread);
-    for (int64_t j = 0; j < columns; ++j) sums[j] = 0;
-    advance_tile(base, columns, sums);
-    sum_rows(sums, row, count, totals);
-    radial_factors(totals, count, scale, k.radial, factor);
+    if (phase == Phase::scale) {
+      for (int64_t m = 0; m < count; ++m) factor[m] = C(values[first + m]);
+    } else {
+      double* sums = scratch.template get<double>(0, columns);
+      double* totals = phase == Phase::norms ? values + first : scratch.template get<double>(1, count);
+      for (int64_t j = 0; j < columns; ++j) sums[j] = 0;
+      advance_tile(base, columns, sums);
+      sum_rows(sums, row, count, totals);
+      if (phase == Phase::norms) return 0;
+      radial_factors(totals, count, scale, k.radial, factor);
+    }
     spread(factor, row, count, spread_factor);
     const int64_t left = rows == 1 ? 0 : row_stride - base % row_stride - columns;
     const int64_t next = left < columns ? left : columns;
@@ -315,20 +331,23 @@ void run_tile(Groups& groups, const Item& item, int32_t* counts) {
   int32_t count = 0, alive = 0;
   int32_t* count_alive = counts == nullptr ? nullptr : &alive;
   if (groups.rows == 1 && g.r2 >= kLong) {
-    count = groups.run_long(base, item.count, count_alive);
+    count = groups.run_long(base, item.begin, item.count, count_alive);
   } else {
     const int64_t batch = groups.rows > 1 ? item.count : kBatch / g.r2 / kWhole * kWhole;
     for (int64_t m = 0; m < item.count; m += batch)
-      count += groups.run_columns(base + m * g.r2, item.count - m < batch ? item.count - m : batch, count_alive);
+      count += groups.run_columns(base + m * g.r2, item.begin + m, item.count - m < batch ? item.count - m : batch,
+                                  count_alive);
   }
   if (counts == nullptr) return;
-  counts[0] = count;
+  counts[0] = count;  // after the first of two phases nothing yet
   counts[1] = alive;
 }
 
 template <class Rule, class Elementwise, class T>
 void run_grouped(const PlanView& plan, const Item& item, const void* grad, const StepArgs& args, int32_t* counts) {
   Groups<Rule, Elementwise, T> groups(plan, plan.records()[item.tensor], grad, args);
+  if (args.phase == Phase::norms && item.begin == 0)  // one of the tensor's items says it for all
+    plan.decays()[item.tensor] = budget_decay(groups.k, groups.t.weight);
   run_tile(groups, item, counts);
   if (groups.stream) stream_fence();
 }

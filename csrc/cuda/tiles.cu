@@ -104,7 +104,9 @@ __device__ __forceinline__ void add_sums(int panel, const TileGeometry& tile, Gr
   }
 }
 
-template <class Rule, class T>
+// kShared: one of the two visits of groups that share a budget; between them nothing stays on chip. Kernels of their own,
+// or every group kernel would pay for them in registers, a block per multiprocessor in four cases.
+template <class Rule, class T, bool kShared>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : kMinBlocks) tile_kernel(const __grid_constant__ KernelArgs<Rule, compute_t<T>> args) {
   using Part = Tile<Rule, T>;
   using C = typename Part::C;
@@ -151,7 +153,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : kMinBlocks) til
       if (!loaded)
         walk(panel, [&](auto full, int64_t i, int, int j, int n) {
           C points[V], scale[V];
-          part.template point<full.value>(i, n, part.keep(i), k, fits, points, scale);
+          part.template point<full.value>(i, n, part.keep(i), k, fits || kShared, points, scale);
 #pragma unroll
           for (int m = 0; m < V; ++m)
             if (full.value || m < n) {
@@ -185,9 +187,21 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : kMinBlocks) til
     }
     for_groups([&](int g) { arrays.factor[g] = root_rho(arrays.norm[g], line); });
   } else {
-    const C scale = uniform_scale<Rule, C>(k.h) * C(part.t.weight);
-    reduce([&](int j, int) { return double(z[j]) * double(z[j]); });
-    for_groups([&](int g) { arrays.factor[g] = radial_factor<AnyPenalty>(C(square_root(arrays.sum[g])), scale, k.radial); });
+    auto square = [&](int j, int) { return double(z[j]) * double(z[j]); };
+    if constexpr (kShared) {
+      double* values = global(plan.groups(part.t)) + item.begin;
+      if (args.phase == Phase::norms) {
+        reduce(square);
+        for_groups([&](int g) { values[g] = arrays.sum[g]; });
+        if (item.begin == 0 && threadIdx.x == 0) global(plan.decays())[item.tensor] = budget_decay(k, part.t.weight);
+        return;
+      }
+      for_groups([&](int g) { arrays.factor[g] = C(values[g]); });
+    } else {
+      const C scale = uniform_scale<Rule, C>(k.h) * C(part.t.weight);
+      reduce(square);
+      for_groups([&](int g) { arrays.factor[g] = radial_factor<AnyPenalty>(C(square_root(arrays.sum[g])), scale, k.radial); });
+    }
   }
   for_groups([&](int g) { arrays.alive[g] = 0; });
 
@@ -196,14 +210,14 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : kMinBlocks) til
     walk(Panel(tile, start, panel_size), [&](auto full, int64_t i, int column, int j, int n) {
       const uint32_t bits = part.keep(i);
       C q[V], scale[V];
-      if (fits) {
+      if (fits && !kShared) {
 #pragma unroll
         for (int m = 0; m < V; ++m) {
           q[m] = full.value || m < n ? z[j + m] : C(0);
           if constexpr (kPair) scale[m] = full.value || m < n ? scales[j + m] : C(0);
         }
       } else {
-        part.template point<full.value>(i, n, bits, k, true, q, scale);
+        part.template point<full.value, !kShared>(i, n, bits, k, true, q, scale);
       }
       // The first group is divided out once; its successors are counted.
       int group = tile.groups == 1 ? 0 : column / tile.row, left = (group + 1) * tile.row - column;
@@ -249,7 +263,10 @@ cudaError_t step_tiles(const PlanView& plan, const void* device_plan, const void
       const int64_t points = std::min(plan.header().scratch_elements, plan.header().tile_capacity);
       const size_t bytes = sizeof(GroupArrays<C, kPaired<Rule>>) + size_t(points) * sizeof(C) * (1 + kPaired<Rule>);
       return for_launches<Rule, C>(plan, device_plan, grads, args, counts, [&](const auto& kernel_args, dim3 blocks) {
-        return launch(tile_kernel<Rule, T>, blocks, dim3(kThreads), bytes, stream, kernel_args);
+        if constexpr (!kPaired<Rule>)  // the others know no budgets
+          if (plan.header().budgets)
+            return launch(tile_kernel<Rule, T, true>, blocks, dim3(kThreads), bytes, stream, kernel_args);
+        return launch(tile_kernel<Rule, T, false>, blocks, dim3(kThreads), bytes, stream, kernel_args);
       });
     });
   });

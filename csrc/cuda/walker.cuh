@@ -18,6 +18,7 @@ struct KernelArgs {
   const double* live;  // scalars to read from the device instead of k, or null
   Scalars<Rule, C> k;
   int32_t first_item, first_tensor;
+  Phase phase;
   const void* grads[kMaxGrads];
 };
 
@@ -128,8 +129,9 @@ struct Tile {
     }
   }
 
-  // The point with the elementwise prox applied, and its prox scale; the new state is stored when `commit`.
-  template <bool kFull>
+  // The point with the elementwise prox applied, and its prox scale; the new state is stored when `commit`. Without
+  // kAdvance the state is the new one already.
+  template <bool kFull, bool kAdvance = true>
   __device__ __forceinline__ void point(int64_t i, int n, uint32_t bits, const Scalars<Rule, C>& k, bool commit,
                                         C (&z)[V], C (&scale)[V]) const {
     T g[V];
@@ -144,7 +146,7 @@ struct Tile {
 #pragma unroll
       for (int m = 0; m < kSlots; ++m) one[m] = s[m][j];
       const C gradient = widen(g[j]) * k.grad_scale;
-      if constexpr (!Rule::kLate) Rule::update(gradient, p[j], one, k.h);
+      if constexpr (kAdvance && !Rule::kLate) Rule::update(gradient, p[j], one, k.h);
       const Point<C> r = Rule::point(gradient, p[j], one, k.h);
       const bool kept = (bits >> j) & 1;
       scale[j] = kept ? r.scale : C(0);
@@ -152,7 +154,7 @@ struct Tile {
 #pragma unroll
       for (int m = 0; m < kSlots; ++m) s[m][j] = kept ? one[m] : C(0);
     }
-    if (commit && !Rule::kLate) {
+    if (kAdvance && commit && !Rule::kLate) {
 #pragma unroll
       for (int m = Rule::kFixedSlots; m < kSlots; ++m) store<kFull>(slot(m), i, n, s[m]);
     }
@@ -215,6 +217,7 @@ cudaError_t for_launches(const PlanView& plan, const void* device_plan, const vo
   kernel_args.plan = static_cast<const char*>(device_plan);
   kernel_args.counts = counts;
   kernel_args.live = args.on_device ? args.scalars : nullptr;
+  kernel_args.phase = args.phase;
   kernel_args.k = {};
   kernel_args.k.elementwise.kind = args.elementwise;
   kernel_args.k.radial.kind = args.radial;
@@ -264,5 +267,7 @@ cudaError_t step_separable(const PlanView& plan, const void* device_plan, const 
                            const StepArgs& args, int32_t* counts, cudaStream_t stream);
 cudaError_t step_tiles(const PlanView& plan, const void* device_plan, const void* const* grads, const StepArgs& args,
                        int32_t* counts, cudaStream_t stream);
+// Turns the groups' squared norms into the factors that their budgets leave them.
+cudaError_t share_budgets(const PlanView& plan, const void* device_plan, cudaStream_t stream);
 
 }  // namespace bregman

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "penalty.h"
+#include "point.h"
 
 BREGMAN_BEGIN
 
@@ -25,5 +26,11 @@ struct Scalars {
     return s;
   }
 };
+
+// The decay of a tensor's groups that share a budget: prox scale, lam and weight.
+template <class Rule, class C>
+BREGMAN_HD double budget_decay(const Scalars<Rule, C>& k, double weight) {
+  return double(uniform_scale<Rule, C>(k.h)) * double(k.radial.a) * weight;
+}
 
 BREGMAN_END

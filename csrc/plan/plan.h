@@ -20,6 +20,13 @@ struct TensorRecord {
   int64_t numel;
   GroupLayout layout;
   double weight;  // of each group
+  int64_t first_group;  // where its groups begin among those that share budgets
+};
+
+// The groups of tensors [first_tensor, end_tensor) share k.
+struct Budget {
+  int64_t k;
+  int32_t first_tensor, end_tensor;
 };
 
 // Separable: `count` elements from `begin`. Grouped: `count` neighbouring groups from group `begin`, all of one (g0, g1).
@@ -36,7 +43,9 @@ struct PlanHeader {
   int64_t elements;           // of all tensors
   int64_t scratch_elements;   // the largest tile
   int64_t tile_capacity;      // elements that a worker can hold at once
-  int64_t record_offset, item_offset, shape_offset;
+  int64_t budgets;
+  int64_t record_offset, item_offset, budget_offset, shape_offset;
+  int64_t decay_offset;  // of float64 that steps with budgets write: the decay of each tensor, a number for each group
 };
 
 // How finely to cut; the numbers are each driver's own.
@@ -57,6 +66,7 @@ struct TensorSpec {
   std::vector<int64_t> sizes, strides;
   int64_t group_dims;  // bits, or -1 for separable
   double weight;
+  int64_t budget = 0;  // the k that its groups share; -1: they share the tensor's before; 0: they share none
 };
 
 struct PlanView {
@@ -64,6 +74,14 @@ struct PlanView {
   BREGMAN_HD const PlanHeader& header() const { return *reinterpret_cast<const PlanHeader*>(base); }
   BREGMAN_HD const TensorRecord* records() const { return reinterpret_cast<const TensorRecord*>(base + header().record_offset); }
   BREGMAN_HD const Item* items() const { return reinterpret_cast<const Item*>(base + header().item_offset); }
+  BREGMAN_HD const Budget* budgets() const { return reinterpret_cast<const Budget*>(base + header().budget_offset); }
+  // Of a plan in memory that its step may write.
+  BREGMAN_HD double* decays() const {
+    return reinterpret_cast<double*>(const_cast<char*>(base) + header().decay_offset);
+  }
+  BREGMAN_HD double* groups(const TensorRecord& record) const {
+    return decays() + header().tensors + record.first_group;
+  }
   // Per tensor: offset of its entry, which holds ndim, sizes and strides.
   BREGMAN_HD const int64_t* shape(int64_t tensor) const {
     const int64_t* table = reinterpret_cast<const int64_t*>(base + header().shape_offset);
@@ -106,6 +124,8 @@ inline std::vector<char> make_plan(const std::vector<TensorSpec>& specs, int rul
   PlanHeader header{};
   std::vector<TensorRecord> records;
   std::vector<Item> items;
+  std::vector<Budget> budgets;
+  int64_t groups = 0;
   std::vector<int64_t> shapes(specs.size());
   header.grouped = !specs.empty() && specs[0].group_dims >= 0;
   for (size_t i = 0; i < specs.size(); ++i) {
@@ -125,6 +145,15 @@ inline std::vector<char> make_plan(const std::vector<TensorSpec>& specs, int rul
       why = "a group's rows do not fit 32-bit indices";
     if (!why.empty()) throw std::invalid_argument("tensor " + std::to_string(i) + ": " + why);
     if ((spec.group_dims >= 0) != bool(header.grouped)) throw std::invalid_argument("a plan is separable or grouped");
+    if (spec.budget) {
+      if (spec.group_dims < 0 || (spec.budget < 0 && budgets.empty()))
+        throw std::invalid_argument("tensor " + std::to_string(i) + ": it has no groups, or no budget, to share");
+      if (spec.budget > 0) budgets.push_back({spec.budget, int32_t(i), int32_t(i)});
+      budgets.back().end_tensor = int32_t(i + 1);
+      record.first_group = groups;
+      groups += record.numel ? layout.groups() : 0;
+    }
+    if (!spec.budget != !specs[0].budget) throw std::invalid_argument("all tensors share budgets, or none");
     cut(spec, record, int32_t(i), tuning, items, header.scratch_elements);
     header.elements += record.numel;
     records.push_back(record);
@@ -138,16 +167,21 @@ inline std::vector<char> make_plan(const std::vector<TensorSpec>& specs, int rul
   header.slots = slots;
   header.tensors = int64_t(records.size());
   header.items = int64_t(items.size());
+  header.budgets = int64_t(budgets.size());
   header.tile_capacity = tuning.capacity;
   header.record_offset = sizeof(PlanHeader);
   header.item_offset = header.record_offset + int64_t(records.size() * sizeof(TensorRecord));
-  header.shape_offset = header.item_offset + int64_t(items.size() * sizeof(Item));
-  header.bytes = header.shape_offset + int64_t(shapes.size() * sizeof(int64_t));
+  header.budget_offset = header.item_offset + int64_t(items.size() * sizeof(Item));
+  header.shape_offset = header.budget_offset + int64_t(budgets.size() * sizeof(Budget));
+  header.decay_offset = header.shape_offset + int64_t(shapes.size() * sizeof(int64_t));
+  header.bytes = header.decay_offset + (budgets.empty() ? 0 : header.tensors + groups) * int64_t(sizeof(double));
   std::vector<char> plan(size_t(header.bytes));
   std::memcpy(plan.data(), &header, sizeof(header));
   if (!records.empty())
     std::memcpy(&plan[size_t(header.record_offset)], records.data(), records.size() * sizeof(TensorRecord));
   if (!items.empty()) std::memcpy(&plan[size_t(header.item_offset)], items.data(), items.size() * sizeof(Item));
+  if (!budgets.empty())
+    std::memcpy(&plan[size_t(header.budget_offset)], budgets.data(), budgets.size() * sizeof(Budget));
   if (!shapes.empty())
     std::memcpy(&plan[size_t(header.shape_offset)], shapes.data(), shapes.size() * sizeof(int64_t));
   return plan;

@@ -5,10 +5,18 @@
 
 namespace bregman {
 
+// Groups that share a budget (math/envelope.h) take a step in two visits, with the shares worked out between them.
+enum class Phase : int32_t {
+  whole,
+  norms,  // advance the state, and leave the squared norm of each group in the plan
+  scale,  // finish with the factor that stands there instead
+};
+
 struct StepArgs {
   int elementwise, radial;  // penalty ids
   const double* scalars;    // skip, grad_scale, the rule's Hyper, two parameters of each penalty
   bool on_device;           // they lie in the memory of the tensors' device: a captured graph reads them anew
+  Phase phase = Phase::whole;
 };
 
 }  // namespace bregman

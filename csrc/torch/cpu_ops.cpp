@@ -1,4 +1,5 @@
 // The CPU module: defines the ops and runs them on torch's thread pool.
+#include "../cpu/budgets.h"
 #include "../cpu/step.h"
 #include "ops.h"
 
@@ -16,10 +17,10 @@ Tuning cpu_tuning(int64_t bytes_read) {
 constexpr int64_t kGrainElements = 16384;
 
 Tensor plan_cpu(const Tensors params, const Tensors state, const Tensors masks, const std::vector<int64_t> group_dims,
-                const std::vector<double> weights, int64_t rule) {
+                const std::vector<double> weights, const std::vector<int64_t> budgets, int64_t rule) {
   STD_TORCH_CHECK(!params.empty(), "a plan needs at least one tensor");
   const int64_t arrays = 1 + int64_t(state.size() / params.size()) + rule_traits(rule, false).reads_param;
-  return plan_tensor(params, state, masks, group_dims, weights, rule, cpu_tuning(arrays * params[0].element_size()));
+  return plan_tensor(params, state, masks, group_dims, weights, budgets, rule, cpu_tuning(arrays * params[0].element_size()));
 }
 
 std::string isa() { return best_isa().name; }
@@ -34,10 +35,20 @@ int64_t step_cpu(const Tensor plan_blob, const Tensor, const Tensors grads, cons
   if (header.items == 0 || args.scalars[0] != 0) return -1;
   int32_t* out = counts.numel() ? static_cast<int32_t*>(counts.data_ptr()) : nullptr;
   const int64_t per_item = std::max<int64_t>(1, header.elements / header.items);
-  torch::stable::parallel_for(0, header.items, std::max<int64_t>(1, kGrainElements / per_item),
-                              [&](int64_t begin, int64_t end) {
-                                best_isa().run(plan, pointers.data(), args, out, begin, end);
-                              });
+  auto visit = [&](Phase phase) {
+    StepArgs part = args;
+    part.phase = phase;
+    torch::stable::parallel_for(0, header.items, std::max<int64_t>(1, kGrainElements / per_item),
+                                [&](int64_t begin, int64_t end) {
+                                  best_isa().run(plan, pointers.data(), part, out, begin, end);
+                                });
+  };
+  if (header.budgets == 0) return visit(Phase::whole), -1;
+  visit(Phase::norms);
+  torch::stable::parallel_for(0, header.budgets, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) share_budget(plan, plan.budgets()[i]);
+  });
+  visit(Phase::scale);
   return -1;
 }
 

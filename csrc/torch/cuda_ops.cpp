@@ -18,12 +18,12 @@ namespace bregman {
 namespace {
 
 Tensor plan_cuda(const Tensors params, const Tensors state, const Tensors masks, const std::vector<int64_t> group_dims,
-                 const std::vector<double> weights, int64_t rule) {
+                 const std::vector<double> weights, const std::vector<int64_t> budgets, int64_t rule) {
   STD_TORCH_CHECK(!params.empty(), "a plan needs at least one tensor");
   int64_t bytes = dtype_of(params[0]) == DType::f64 ? 8 : 4;
   if (rule_traits(rule, false).paired) bytes *= 2;  // a point and its prox scale
   const Tuning tuning = cuda_tuning(bytes, tile_bytes(int(params[0].get_device())));
-  return plan_tensor(params, state, masks, group_dims, weights, rule, tuning);
+  return plan_tensor(params, state, masks, group_dims, weights, budgets, rule, tuning);
 }
 
 int64_t step_op(const Tensor plan_blob, const Tensor device_plan, const Tensors grads, const Tensor counts,

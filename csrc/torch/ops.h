@@ -28,7 +28,8 @@ using Tensors = std::vector<Tensor>;
   m.def("isa() -> str");                                                                                           \
   m.def("why_not(Tensor param, int group_dims) -> str");                                                           \
   m.def(                                                                                                           \
-      "plan(Tensor[] params, Tensor[] state, Tensor[] masks, int[] group_dims, float[] weights, int rule) -> Tensor"); \
+      "plan(Tensor[] params, Tensor[] state, Tensor[] masks, int[] group_dims, float[] weights, "       \
+      "int[] budgets, int rule) -> Tensor");                                                                         \
   m.def("plan_items(Tensor plan) -> Tensor");                                                                      \
   m.def(                                                                                                           \
       "step(Tensor plan, Tensor device_plan, Tensor[] grads, Tensor(a!) counts, int[] kinds, float[] scalars, "       \
@@ -90,23 +91,26 @@ inline RuleTraits rule_traits(int64_t rule, bool sixteen_bits) {
 }
 
 inline Tensor plan_tensor(const Tensors& params, const Tensors& state, const Tensors& masks,
-                          const std::vector<int64_t>& group_dims, const std::vector<double>& weights, int64_t rule,
-                          const Tuning& tuning) {
+                          const std::vector<int64_t>& group_dims, const std::vector<double>& weights,
+                          const std::vector<int64_t>& budgets, int64_t rule, const Tuning& tuning) {
   const size_t n = params.size();
   STD_TORCH_CHECK(n > 0, "a plan needs at least one tensor");
   const DType dtype = dtype_of(params[0]);
   const bool sixteen = dtype == DType::bf16 || dtype == DType::fp16;
-  const size_t slots = rule_traits(rule, sixteen).slots;
+  const RuleTraits traits = rule_traits(rule, sixteen);
+  const size_t slots = traits.slots;
   STD_TORCH_CHECK(state.size() == n * slots, "expected ", n * slots, " state tensors (", slots, " for each of ", n,
                   " parameters), got ", state.size());
-  STD_TORCH_CHECK(masks.size() == n && group_dims.size() == n && weights.size() == n, "expected ", n,
-                  " masks, group_dims and weights, got ", masks.size(), ", ", group_dims.size(), " and ", weights.size());
+  STD_TORCH_CHECK(masks.size() == n && group_dims.size() == n && weights.size() == n && budgets.size() == n, "expected ",
+                  n, " masks, group_dims, weights and budgets, got ", masks.size(), ", ", group_dims.size(), ", ",
+                  weights.size(), " and ", budgets.size());
   const ScalarType wide = dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
   std::vector<TensorSpec> specs;
   for (size_t i = 0; i < n; ++i) {
     const Tensor& p = params[i];
     STD_TORCH_CHECK(dtype_of(p) == dtype, "params[", i, "] has another dtype than params[0]");
-    TensorSpec spec{p.data_ptr(), {}, nullptr, to_vector(p.sizes()), to_vector(p.strides()), group_dims[i], weights[i]};
+    TensorSpec spec{p.data_ptr(), {}, nullptr, to_vector(p.sizes()), to_vector(p.strides()), group_dims[i], weights[i],
+                    budgets[i]};
     for (size_t k = 0; k < slots; ++k) {
       const Tensor& s = state[i * slots + k];
       STD_TORCH_CHECK(s.scalar_type() == wide, "state ", k, " of params[", i, "] must be ",
@@ -122,6 +126,8 @@ inline Tensor plan_tensor(const Tensors& params, const Tensors& state, const Ten
     }
     specs.push_back(std::move(spec));
   }
+  STD_TORCH_CHECK(!traits.paired || std::all_of(budgets.begin(), budgets.end(), [](int64_t k) { return k == 0; }),
+                  "rule ", rule, " knows no shared budgets");
   std::vector<char> plan;
   try {
     plan = make_plan(specs, int(rule), dtype, int(slots), tuning);

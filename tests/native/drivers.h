@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "check.h"
+#include "cpu/budgets.h"
 #include "cpu/step.h"
 #include "cuda/step.h"
 #include "cuda/tuning.h"
@@ -22,7 +23,17 @@ Scratch& bregman::thread_scratch() {
 }
 
 inline void cpu_step(const PlanView& plan, const void* const* grads, const StepArgs& args, int32_t* counts) {
-  if (args.scalars[0] == 0) run_items_base(plan, grads, args, counts, 0, plan.header().items);  // as its op does
+  // As its op does.
+  if (args.scalars[0] != 0) return;
+  StepArgs part = args;
+  auto visit = [&](Phase phase) {
+    part.phase = phase;
+    run_items_base(plan, grads, part, counts, 0, plan.header().items);
+  };
+  if (plan.header().budgets == 0) return visit(Phase::whole);
+  visit(Phase::norms);
+  for (int64_t i = 0; i < plan.header().budgets; ++i) share_budget(plan, plan.budgets()[i]);
+  visit(Phase::scale);
 }
 
 inline Tuning cpu_tuning(int64_t) { return random_tuning(); }

@@ -11,6 +11,7 @@
 #include "check.h"
 #include "drivers.h"
 #include "math/dtypes.h"
+#include "math/envelope.h"
 #include "math/radial.h"
 #include "math/rule_list.h"
 #include "math/half_space.h"
@@ -229,6 +230,29 @@ template <class Rule> void oracle(TestTensor& t, const Step& step) {
         for (int64_t g = 0; g < t.numel; ++g) norms[g] = root_step<double>(norms[g], sums[g]);
       }
       for (int64_t i = 0; i < t.numel; ++i) q[i] = shrink_weighted(q[i], scales[i], root_rho(norms[group[i]], line));
+    } else if (t.spec.budget) {
+      // Bisection for the root that kernels find by Newton's steps and breakpoints.
+      const double decay = uniform_scale<Rule, double>(h) * step.radial.a * t.spec.weight;
+      std::vector<double> norms;
+      int64_t alive = 0;
+      for (int64_t g = 0; g < t.numel; ++g)
+        if (sizes[g] > 0) norms.push_back(std::sqrt(squares[g])), alive += norms.back() > 0;
+      double low = 0, high = std::numeric_limits<double>::infinity();
+      if (alive > t.spec.budget)
+        for (int turn = 0; turn < 2200; ++turn) {
+          const double middle = std::isinf(high) ? (low == 0 ? 1 : 2 * low) : low + (high - low) / 2;
+          if (middle == low || middle == high) break;
+          double sum = 0;
+          for (double norm : norms) sum += share(norm, decay, middle);
+          (sum < double(t.spec.budget) ? low : high) = middle;
+        }
+      double size = 0;
+      for (int64_t i = 0; i < t.numel; ++i) size = std::max(size, t.error_scale[i]);
+      for (int64_t i = 0; i < t.numel; ++i) {
+        const double norm = std::sqrt(squares[group[i]]);
+        q[i] *= envelope_factor(norm, decay, share(norm, decay, high));
+        t.error_scale[i] = size;
+      }
     } else {
       const double scale = uniform_scale<Rule, double>(h) * t.spec.weight;
       for (int64_t i = 0; i < t.numel; ++i) q[i] *= radial_factor<AnyPenalty>(std::sqrt(squares[group[i]]), scale, step.radial);
@@ -299,19 +323,22 @@ TensorSpec random_shape(bool grouped) {
 
 void run_round(const Driver& driver, const RuleNeeds& rule, DType dtype, bool grouped, int count,
                void (*oracle)(TestTensor&, const Step&)) {
-  const Step step = random_step(rule, grouped);
+  Step step = random_step(rule, grouped);
   const bool specials = g_random() % 4 == 0, counting = g_random() % 4 != 0;
+  const bool budgets = grouped && !rule.paired && g_random() % 3 == 0;
+  if (budgets) step.elementwise.kind = step.radial.kind = int(PenaltyKind::none);
   std::vector<TestTensor> tensors;
   std::vector<TensorSpec> specs;
   std::vector<const void*> grads;
   for (int n = 0; n < count; ++n) {
     const TensorSpec shape = count > kMaxGrads ? spec_of({n % 5}, {1}, grouped ? 1 : -1) : random_shape(grouped);
     tensors.emplace_back(shape, rule, dtype, g_random() % 2, specials, g_random() % 2 * 8);
+    tensors.back().spec.budget = budgets ? pick({1, 2, 5, 1000}) : 0;
     specs.push_back(tensors.back().spec);
     grads.push_back(tensors.back().grad.data<void>());
   }
   const int slots = int(tensors[0].state.size());
-  const std::vector<char> memory = make_plan(specs, rule.id, dtype, slots, driver.tuning(int64_t(size_of(wide(dtype)))));
+  std::vector<char> memory = make_plan(specs, rule.id, dtype, slots, driver.tuning(int64_t(size_of(wide(dtype)))));
   const PlanView plan{memory.data()};
   const Buffer counts(sizeof(int32_t), 2 * plan.header().items, 0);
   const bool skip = step.scalars[0] != 0, live = skip || g_random() % 2;  // who has the scalars on the host skips there

@@ -48,12 +48,32 @@ void check_tensor(const PlanView& plan, int tensor, const TensorSpec& spec, cons
   for (const auto& [group, count] : items_of_group) CHECK(count == 1, "group %ld is in %d items", long(group), count);
 }
 
+// Every tensor belongs to one budget, and every group that shares one has a number of its own within the plan.
+void check_budgets(const PlanView& plan, const std::vector<TensorSpec>& specs) {
+  const PlanHeader& header = plan.header();
+  int64_t budget = -1, groups = 0;
+  for (size_t t = 0; t < specs.size() && specs[t].budget; ++t) {
+    budget += specs[t].budget > 0;
+    const Budget& mine = plan.budgets()[budget];
+    CHECK(mine.first_tensor <= int(t) && int(t) < mine.end_tensor, "tensor %zu is not in budget %ld", t, long(budget));
+    CHECK(specs[t].budget < 0 || (mine.first_tensor == int(t) && mine.k == specs[t].budget));
+    const TensorRecord& record = plan.records()[t];
+    CHECK(record.first_group == groups, "tensor %zu begins at group %ld", t, long(record.first_group));
+    groups += record.numel ? record.layout.groups() : 0;
+  }
+  CHECK(header.budgets == budget + 1, "%ld budgets instead of %ld", long(header.budgets), long(budget + 1));
+  const int64_t room = budget < 0 ? 0 : header.tensors + groups;
+  CHECK(header.decay_offset % 8 == 0 && header.decay_offset + 8 * room == header.bytes, "room for %ld", long(room));
+}
+
 void check_random_plans() {
   for (int round = 0; round < 3000; ++round) {
     const bool grouped = round % 2;
     const Tuning tuning = random_tuning();
     std::vector<TensorSpec> specs(g_random() % 5);
     for (TensorSpec& spec : specs) spec = random_spec(grouped);
+    if (round % 4 == 1)
+      for (TensorSpec& spec : specs) spec.budget = &spec == specs.data() || g_random() % 2 ? pick({1, 2, 7}) : -1;
     const std::vector<char> memory = make_plan(specs, 2, DType::bf16, 2, tuning);
     const std::vector<char> copy = memory;  // as an upload does
     const PlanView plan{copy.data()};
@@ -71,6 +91,7 @@ void check_random_plans() {
       CHECK(std::equal(specs[t].strides.begin(), specs[t].strides.end(), shape + 1 + ndim));
     }
     CHECK(header.elements == elements);
+    check_budgets(plan, specs);
   }
 }
 
@@ -122,6 +143,15 @@ void check_refusals() {
   CHECK(refuses([&] { plan({spec_of(seven, dense_strides(seven, in_order(7)), 0b0101010)}); }), "seven runs");
   CHECK(!refuses([&] { plan({spec_of({4, 1, 3}, {3, 77, 1}, 1)}); }), "the stride of a size-1 dim is free");
   CHECK(!refuses([&] { plan({}); }), "no tensors");
+  TensorSpec first = spec_of({4}, {1}, 1), second = first;
+  second.budget = 3;
+  CHECK(refuses([&] { plan({first, second}); }), "a budget for some");
+  CHECK(refuses([&] { plan({second, first}); }), "a budget for some");
+  first.budget = -1;
+  CHECK(!refuses([&] { plan({second, first}); }), "a budget for two");
+  CHECK(refuses([&] { plan({first, second}); }), "shares the budget of none");
+  second.group_dims = -1;
+  CHECK(refuses([&] { plan({second}); }), "a budget without groups");
 }
 
 }  // namespace

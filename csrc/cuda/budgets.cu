@@ -1,0 +1,55 @@
+// Between the two visits of groups that share a budget: one block per budget finds the shares (math/envelope.h).
+#include "../math/envelope.h"
+#include "walker.cuh"
+
+namespace bregman {
+
+__device__ __forceinline__ double from_lane(double x, int offset) { return __shfl_xor_sync(~0u, x, offset); }
+__device__ __forceinline__ Shares from_lane(Shares x, int offset) {
+  return {from_lane(x.rise, offset), from_lane(x.decay, offset), from_lane(x.full, offset)};
+}
+__device__ __forceinline__ Span from_lane(Span x, int offset) {
+  return {from_lane(x.low, offset), from_lane(x.high, offset), from_lane(x.alive, offset)};
+}
+
+// The sum over the block in a fixed order, in all threads.
+template <class S>
+__device__ __forceinline__ S sum_of_block(S sum) {
+  BREGMAN_SHARED(S, partial, kWarps);
+  for (int offset = 16; offset > 0; offset /= 2) sum = plus(sum, from_lane(sum, offset));
+  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = sum;
+  __syncthreads();
+  sum = partial[0];
+  for (int w = 1; w < kWarps; ++w) sum = plus(sum, partial[w]);
+  __syncthreads();
+  return sum;
+}
+
+__global__ void __launch_bounds__(kThreads) budget_kernel(const char* device_plan) {
+  const PlanView plan{global(device_plan)};
+  const Budget budget = plan.budgets()[blockIdx.x];
+  // Calls f(value, decay) for this thread's groups; value is the squared norm at first.
+  auto for_groups = [&](auto f) {
+    for (int tensor = budget.first_tensor; tensor < budget.end_tensor; ++tensor) {
+      const TensorRecord& record = plan.records()[tensor];
+      if (record.numel == 0) continue;
+      const double decay = global(plan.decays())[tensor];
+      double* values = global(plan.groups(record));
+      const int64_t groups = record.layout.groups();
+      for (int64_t g = int64_t(threadIdx.x); g < groups; g += kThreads) f(values[g], decay);
+    }
+  };
+  for_groups([&](double& value, double) { value = square_root(value); });  // every thread reads what it wrote alone
+  const double eta = envelope_root(double(budget.k), [&](auto none, auto f) {
+    for_groups([&](double& value, double decay) { none = plus(none, f(value, decay)); });
+    return sum_of_block(none);
+  });
+  for_groups([&](double& value, double decay) { value = envelope_factor(value, decay, share(value, decay, eta)); });
+}
+
+cudaError_t share_budgets(const PlanView& plan, const void* device_plan, cudaStream_t stream) {
+  const dim3 blocks(unsigned(plan.header().budgets));
+  return launch(budget_kernel, blocks, dim3(kThreads), 0, stream, static_cast<const char*>(device_plan));
+}
+
+}  // namespace bregman
