@@ -58,6 +58,7 @@ class Regularizer:
     convex: ClassVar[bool] = True  # Bregman optimizers need it: their dual is a subgradient
     # Empty, or why the prox needs a whole tensor at once: no composition of phi and psi, so no kernels and no shards.
     whole: ClassVar[str] = ""
+    every: int = 1  # the prox is taken at every so many steps, with so many times the step size; > 1 needs `whole`
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
