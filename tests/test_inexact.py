@@ -22,6 +22,7 @@ from bregman_cuda import (
     Nuclear,
     SparseGroupLasso,
 )
+from bregman_cuda.optim._inexact import proximal_gradient
 
 SHAPE = (24, 8, 3)
 GROUPS = {
@@ -262,10 +263,41 @@ def test_nothing_is_read_where_scalars_live_on_the_device(reg):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
+def test_a_group_that_is_zero_in_the_minimum_is_zero_after_one_iteration():
+    """||P z|| = 0.1 <= 0.5, but from 50 a step with M = 1 gets to 45."""
+    z, start, metric = torch.tensor([[0.1, 0.1]]), torch.tensor([[50.0, 0.0]]), torch.tensor([[0.1, 1.0]])
+    reg = GroupLasso(0.5, weight="none")
+    assert proximal_gradient(reg, z, metric, 1.0, start, 1, 0.0).tolist() == [[0.0, 0.0]]
+    reg.lam = 0.05  # a group that stays
+    assert float(proximal_gradient(reg, z, metric, 1.0, start, 1, 0.0)[0, 0]) == pytest.approx(45.0, abs=0.1)
+
+
+def test_two_iterations_are_the_fewest():
+    z, start, metric = torch.tensor([[3.0, 4.0]]), torch.tensor([[50.0, 0.0]]), torch.tensor([[0.1, 1.0]])
+    one, two, three = (proximal_gradient(GroupLasso(0.5), z, metric, 1.0, start, most, 0.0) for most in (1, 2, 3))
+    loose = proximal_gradient(GroupLasso(0.5), z, metric, 1.0, start, 100, 1e9)
+    assert same_bits(loose, two)
+    assert not same_bits(two, one)
+    assert not same_bits(two, three)
+
+
+def test_masked_entries_pull_a_whole_tensor_to_zero():
+    """They weigh as much as the heaviest: without weight they would be free, and then be cut off."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(6, 5, generator=generator) < 0.6
+    z = torch.where(mask, torch.randn(6, 5, generator=generator), 0)
+    metric = torch.where(mask, torch.rand(6, 5, generator=generator) + 0.1, 0)
+    heavy = torch.where(mask, metric, metric.max())
+    found, want, free = (
+        proximal_gradient(Nuclear(0.1), z, m, 1.0, torch.zeros(6, 5), 300, 1e-7)
+        for m in (metric, heavy, torch.where(mask, metric, 1e-6))
+    )
+    assert same_bits(found, want)
+    assert not torch.allclose(found, free, atol=0.01)
+
+
 def test_frozen_iterations_change_nothing():
     """A tensor alpha runs to the last iteration, a number stops: the same bits."""
-    from bregman_cuda.optim._inexact import proximal_gradient
-
     generator = torch.Generator().manual_seed(0)
     z, start = (torch.randn(12, 5, generator=generator) for _ in range(2))
     metric = torch.rand(12, 5, generator=generator) + 0.1
