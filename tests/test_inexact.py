@@ -161,6 +161,19 @@ def test_no_penalty_leaves_the_minimum_of_the_quadratic(reg):
     torch.testing.assert_close(params[1], params[0], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("reg", [GroupLasso(0.3), SparseGroupLasso(0.3), Nuclear(0.3)], ids=str)
+def test_a_step_size_of_zero_changes_nothing(reg):
+    """Warm-up from 0: alpha is 0, and zero groups must not become 0 / 0."""
+    p = torch.nn.Parameter(torch.tensor([[1.0, -2.0], [0.0, 0.0]]))
+    start = p.detach().clone()
+    optimizer = RAMDA([p], 0.0, reg, 0.5, solver="pg")
+    for _ in range(2):
+        p.grad = torch.ones(2, 2)
+        optimizer.step()
+    assert same_bits(p.detach(), start)
+    assert same_bits(optimizer.prox_point(p), start)
+
+
 # The penalties of whole tensors
 
 
@@ -420,3 +433,26 @@ def test_groups_that_are_not_convex_are_refused():
     with pytest.raises(ValueError, match="solver='pg' needs a convex penalty on groups, got GroupMCP"):
         RAMDA([p], reg=GroupMCP(0.1, 3.0), solver="pg")
     RAMDA([p], reg=GroupMCP(0.1, 3.0))
+
+
+def test_groups_that_shards_cut_are_refused():
+    """Their iterations would need sums over the ranks each time."""
+
+    class Shard:
+        dim = 0
+
+        def is_partial(self):
+            return False
+
+    class Mesh:
+        def get_coordinate(self):
+            return (0,)
+
+        def size(self, dim):
+            return 2
+
+    sharded = torch.nn.Parameter(torch.ones(4, 3))
+    sharded._local_tensor, sharded.placements, sharded.device_mesh = sharded.data[:2], (Shard(),), Mesh()
+    with pytest.raises(NotImplementedError, match="its shards cut its groups, and ramda_pg needs more of them than"):
+        RAMDA([sharded], reg=GroupLasso(0.1, "in"), solver="pg")
+    RAMDA([sharded], reg=GroupLasso(0.1, "out"), solver="pg")
