@@ -92,14 +92,19 @@ def step_bytes(optimizer: bc.SparseOptimizer, param: Tensor) -> int:
     return param.element_size() * (2 + reads_param) + wide * (2 * len(slots) - rule.fixed_slots)
 
 
-def ours(device: str, dtype: torch.dtype, drivers: tuple[str, ...] = ("reference", "kernels")) -> list[Contestant]:
+def ours(
+    device: str,
+    dtype: torch.dtype,
+    drivers: tuple[str, ...] = ("reference", "kernels"),
+    optimizers: dict[str, Callable[..., bc.SparseOptimizer]] = OURS,
+) -> list[Contestant]:
     """Our optimizers x the penalties that they take x drivers; kernels only where they were built."""
     if not bc.build_info()[device]:
         drivers = tuple(driver for driver in drivers if driver != "kernels")
     probe = torch.zeros(1, dtype=dtype)
     found = []
     for driver in drivers:
-        for title, new in OURS.items():
+        for title, new in optimizers.items():
             for penalty, reg in (PENALTIES | SINGULAR if title == "ProxSGD" else PENALTIES).items():
                 if title == "HSPG" and not penalty.startswith("group"):
                     continue

@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,36 +162,48 @@ def sections(rows: list[Row], copies: dict[str, float]) -> list[tuple[str, list[
     ]  # fmt: skip
 
 
-def show(rows: list[Row], copies: dict[str, float], where: Row) -> None:
-    """One table, with rich if it is installed."""
-    what = where["gpu"] or f"{where['cpu']}, {where['threads']} threads"
-    title = f"One step: {what}, torch {where['torch']}, {where['date'][:10]}"
+Section = tuple[list[str], list[tuple[list[str], bool]]]  # a heading, and rows with whether they stand out
+
+
+def print_table(title: str, columns: Sequence[str], sections: Sequence[Section], left: int) -> None:
+    """A table whose first `left` columns are left-aligned, with rich if it is installed."""
     try:
         from rich.console import Console
         from rich.table import Table
     except ImportError:
         print(title)
-        for heading, group in sections(rows, copies):
-            lines = [list(COLUMNS), *map(cells, group)]
+        for heading, group in sections:
+            lines = [list(columns), *(line for line, _ in group)]
             widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-            print(f"\n{heading}")
+            print("\n" + "  ".join(heading))
             for line in lines:
                 padded = zip(line, widths, range(len(line)), strict=True)
-                print("  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for cell, w, i in padded))
+                print("  ".join(cell.ljust(w) if i < left else cell.rjust(w) for cell, w, i in padded))
         return
     table = Table(title=title)
-    for index, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if index < 2 else "right", no_wrap=True)
-    for heading, group in sections(rows, copies):
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < left else "right", no_wrap=True)
+    for (name, *rest), group in sections:
         table.add_section()
-        table.add_row(f"[bold]{heading.partition('  ')[0]}[/]", f"[dim]copy {copies[group[0]['shapes']]:.1f} GB/s[/]")
-        for r in group:
-            mine = r["driver"] in ("cpu", "cuda")
-            table.add_row(*cells(r), style="green" if mine else "")
+        table.add_row(f"[bold]{name}[/]", *(f"[dim]{text}[/]" for text in rest))
+        for line, stands_out in group:
+            table.add_row(*line, style="green" if stands_out else "")
     console = Console()
     if console.width < 120:  # a pipe has 80 columns, which would cut the figures
         console = Console(width=120)
     console.print(table)
+
+
+def show(rows: list[Row], copies: dict[str, float], where: Row) -> None:
+    """One table of all sets."""
+    what = where["gpu"] or f"{where['cpu']}, {where['threads']} threads"
+    title = f"One step: {what}, torch {where['torch']}, {where['date'][:10]}"
+    found: list[Section] = [
+        ([heading.partition("  ")[0], f"copy {copies[group[0]['shapes']]:.1f} GB/s"],
+         [(cells(r), r["driver"] in ("cpu", "cuda")) for r in group])
+        for heading, group in sections(rows, copies)
+    ]  # fmt: skip
+    print_table(title, COLUMNS, found, left=2)
 
 
 def targets(rows: list[Row]) -> list[str]:

@@ -43,7 +43,9 @@ def why_reference(reg: Any) -> str:
         return ""
     name = type(reg).__name__
     if reg.budgets_kernel:
-        return "" if isinstance(reg.weight, str) else f"{name} runs in plain torch: its groups have weights of their own"
+        return (
+            "" if isinstance(reg.weight, str) else f"{name} runs in plain torch: its groups have weights of their own"
+        )
     return f"{name} runs in plain torch: {reg.whole or 'it has no penalty on elements or group norms'}"
 
 
@@ -89,6 +91,8 @@ class Kernels:
 
     def serves(self, param: Tensor, rule: Rule, reg: Any) -> str:
         """Empty, or why the reference has to step this parameter."""
+        if rule.plain:
+            return rule.plain
         if rule.name not in self.rules:
             return f"rule {rule.name!r} is not compiled in"
         if why := why_reference(reg):

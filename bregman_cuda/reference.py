@@ -31,17 +31,26 @@ def step_(
 
     Args:
         param: floating tensor of any shape and layout; grad: the same shape and dtype.
-        state: the rule's slots, and "master" where the rule reads a 16-bit parameter.
+        state: the rule's slots, "master" where the rule reads a 16-bit parameter, and "step", the number of steps
+            before this one, where `reg` leaves some out.
         mask: bool of param's shape; False keeps the entry at exactly zero, in the state, too.
         grad_scale: factor on the gradient (-1 maximizes).
     """
     z, scale, before, grad = advance(rule, h, param, grad, state, mask, grad_scale)
-    finish(rule, h, z if reg is None else rule.shrink(reg, z, scale, h), before, grad, param, state, mask)
+    if reg is None or (reg.every > 1 and (int(state["step"]) + 1) % reg.every):  # counted before this step
+        q = z
+    else:
+        q = rule.shrink(reg, z, scale if reg.every == 1 else scale * reg.every, h, before)
+    finish(rule, h, q, before, grad, param, state, mask)
 
 
 @torch.no_grad()
 def step_together_(
-    rule: Rule, reg: Regularizer, h: Hyper, tensors: list[tuple[Tensor, Tensor, State, Tensor | None]], grad_scale: float
+    rule: Rule,
+    reg: Regularizer,
+    h: Hyper,
+    tensors: list[tuple[Tensor, Tensor, State, Tensor | None]],
+    grad_scale: float,
 ) -> None:
     """`step_` on tensors (parameter, gradient, state, mask) whose groups share a budget; the prox scale is a number."""
     halves = [advance(rule, h, *tensor, grad_scale) for tensor in tensors]

@@ -190,5 +190,16 @@ def test_opcheck(dtype, masked):
     scalars = torch.tensor(
         [0.0, 1.0, 0.1, 1.0, 0.05, 0.0, 0.0, 0.0], dtype=torch.float64
     )  # skip, factor, lr, delta, lam
-    args = (params, [torch.randn_like(p) for p in params], state, masks, [-1, -1], [1.0, 1.0], [0, 0], "linbreg", "l1", "none")
+    args = (
+        params,
+        [torch.randn_like(p) for p in params],
+        state,
+        masks,
+        [-1, -1],
+        [1.0, 1.0],
+        [0, 0],
+        "linbreg",
+        "l1",
+        "none",
+    )
     torch.library.opcheck(fused_step_, (*args, scalars))

@@ -90,12 +90,20 @@ class SparseOptimizer(torch.optim.Optimizer):
         if reg is not None and not isinstance(reg, Regularizer):
             raise TypeError(f"{owner}: reg must be None or a regularizer such as bregman_cuda.L1(lam=0.1), got {reg!r}")
         if reg is not None and -1 in reg.budgets(2) and not self.joint:
-            raise ValueError(f"{owner}: reg must have one k per tensor (scope='tensor') here; ProxSGD shares it, got {reg!r}")
+            raise ValueError(
+                f"{owner}: reg must have one k per tensor (scope='tensor') here; ProxSGD shares it, got {reg!r}"
+            )
         if group["fused"] not in (None, True, False):
             raise ValueError(f"{owner}: fused must be True, False or None, got {group['fused']!r}")
         if group["capturable"] and group["check_finite"]:
             raise ValueError(f"{owner}: check_finite reads gradients on the host, so that capturable must be False")
         self._check_group(group)
+        if reg is not None and reg.every > 1:
+            skipping = f"{owner}: {type(reg).__name__}(every={reg.every}) leaves steps without a prox, "
+            if not self._rule(group).skips_prox:
+                raise ValueError(f"{skipping}and only ProxSGD's later ones make up for it: use that, or every=1")
+            if group["capturable"]:
+                raise ValueError(f"{skipping}which their count decides on the host: set capturable=False, or every=1")
 
     def _check(self, group: dict[str, Any]) -> None:
         self._check_options(group)

@@ -92,8 +92,8 @@ def _check_group(optimizer: SparseOptimizer, where: str, mine: dict[str, Any], t
 def _check_state(where: str, rule: Rule, param: Tensor, saved: dict[str, Any]) -> None:
     """A parameter that has not stepped yet has no state, or a mask alone."""
     slots, counters = slots_of(rule, param), {"step", *rule.counters}
-    # These may have been switched on, or the parameter become 16 bits wide, after the last step.
-    later = {"momentum_buffer", "max_exp_avg_sq", "master"}
+    # These may have been switched on (or a solver off), or the parameter become 16 bits wide, after the last step.
+    later = {"momentum_buffer", "max_exp_avg_sq", "master", "point"}
     if unknown := {*saved} - {*rule.slots, *counters, "mask", *later}:
         raise ValueError(f"{where} has unknown entries {', '.join(map(repr, sorted(unknown)))}: another optimizer's?")
     if {*saved} - {"mask"} and (missing := {*counters, *slots} - {*saved} - later):

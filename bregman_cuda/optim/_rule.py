@@ -37,6 +37,8 @@ class Rule:
     late: bool = False  # whether `finish_late` advances the state, and `point` does not
     metric: bool = False  # whether each element has a prox scale of its own
     half_space: bool = False  # whether groups take the half-space step, with the old parameter for scale
+    skips_prox: bool = False  # whether a step may leave its prox to a later one: its point is the next parameter then
+    plain: str = ""  # empty, or why it runs in plain torch: it has no kernels
     counters: tuple[str, ...] = ()  # scalars besides the step count, from COUNTERS, that grow once per step
 
     def hyper(self, group: dict[str, Any], step: Any, *counters: Any) -> Hyper:
@@ -59,8 +61,9 @@ class Rule:
         """Update the state in place and return the pre-prox point and its prox scale."""
         raise NotImplementedError
 
-    def shrink(self, reg: Any, z: Tensor, scale: Any, h: Hyper) -> Tensor:
-        """The prox point; anything else than the prox asks for kernels of its own."""
+    def shrink(self, reg: Any, z: Tensor, scale: Any, h: Hyper, param: Tensor) -> Tensor:
+        """The prox point, from the parameter before the step, too; anything else than the prox asks for kernels of its
+        own."""
         point: Tensor = reg.prox(z, scale)
         return point
 

@@ -35,7 +35,7 @@ class HalfSpaceRule(Rule):
         buffer.copy_(buffer * h["momentum"] + grad)
         return param - buffer * h["lr"], param
 
-    def shrink(self, reg: Regularizer, z: Tensor, scale: Any, h: Hyper) -> Tensor:
+    def shrink(self, reg: Regularizer, z: Tensor, scale: Any, h: Hyper, param: Tensor) -> Tensor:
         return half_space_step(reg, z, scale, h["lr"], h["epsilon"])
 
 

@@ -18,6 +18,7 @@ class ProxSGDRule(Rule):
 
     name = "proxsgd"
     reads_param = True
+    skips_prox = True
 
     def hyper(self, group: dict[str, Any], step: Any, *counters: Any) -> Hyper:
         return {"lr": number(group["lr"])}
@@ -32,6 +33,7 @@ class ProxSGDMomentumRule(Rule):
     name = "proxsgd_momentum"
     slots = ("momentum_buffer",)
     reads_param = True
+    skips_prox = True
 
     def hyper(self, group: dict[str, Any], step: Any, *counters: Any) -> Hyper:
         return {"lr": number(group["lr"]), "momentum": group["momentum"]}

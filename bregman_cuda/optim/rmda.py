@@ -12,6 +12,7 @@ from .._math import cube_root
 from ..regularizers import Regularizer
 from ..regularizers._base import check_number
 from ._base import SparseOptimizer
+from ._inexact import proximal_gradient
 from ._rule import Hyper, Rule, State, number
 from ._shards import for_prox, local
 from .averaged_proxsgd import check_share
@@ -66,7 +67,7 @@ class RAMDARule(DualAveragingRule):
     """csrc/math/rules/ramda.h"""
 
     name = "ramda"
-    slots = ("start", "gradient_sum", "square_sum")
+    slots: tuple[str, ...] = ("start", "gradient_sum", "square_sum")
     metric = True
 
     def hyper(self, group: dict[str, Any], step: Any, *counters: Any) -> Hyper:
@@ -87,6 +88,30 @@ class RAMDARule(DualAveragingRule):
         total.copy_(total + grad * h["gain"])
         squares.copy_(squares + grad * grad * h["gain"])
         return self.dual_point(state, h)
+
+
+class InexactRAMDARule(RAMDARule):
+    """RAMDA with the subproblem solved by proximal gradient steps. The scale of its points is the metric, and the last
+    slot keeps what the solver found: from another start it would find something else, within its tolerance."""
+
+    name = "ramda_pg"
+    slots = ("start", "gradient_sum", "square_sum", "point")
+    metric = False
+    plain = "solver='pg' runs in plain torch"
+
+    def hyper(self, group: dict[str, Any], step: Any, *counters: Any) -> Hyper:
+        return {**super().hyper(group, step, *counters), "max_iters": group["max_iters"], "rtol": group["rtol"]}
+
+    def dual_point(self, state: State, h: Hyper) -> tuple[Tensor, Tensor]:
+        metric = cube_root(state["square_sum"]) + h["eps"]
+        return state["start"] - state["gradient_sum"] * (1 / metric), metric
+
+    def shrink(self, reg: Regularizer, z: Tensor, scale: Any, h: Hyper, param: Tensor) -> Tensor:
+        return proximal_gradient(reg, z, scale, h["alpha"], param, int(h["max_iters"]), h["rtol"])
+
+    def finish(self, q: Tensor, param: Tensor, state: State, h: Hyper) -> Tensor:
+        state["point"].copy_(q)
+        return super().finish(q, param, state, h)
 
 
 class _DualAveraging(SparseOptimizer):
@@ -127,6 +152,8 @@ class _DualAveraging(SparseOptimizer):
         state, rule = self.state.get(param, {}), self._dual_rule
         if not float(state.get("step", 0.0)):
             return param.detach()
+        if "point" in state:  # of solver="pg"
+            return state["point"].to(param.dtype, copy=True)
         h = rule.hyper(group, int(state["step"]), *(float(state[name]) for name in rule.counters))
         mask = self.get_mask(param)
         known = {slot: state[slot] for slot in rule.slots} | ({} if mask is None else {"mask": mask})
@@ -195,17 +222,29 @@ class RAMDA(_DualAveraging):
     With s_t and alpha_t as in `RMDA`:  V <- V + s_t g,  U <- U + s_t g^2,  P = U^(1/3) + eps,
     q = argmin_x  <V, x> + sum_i P_i (x_i - x0_i)^2 / 2 + alpha_t J(x),  p <- (1 - momentum) p + momentum q.
 
-    Completing the square, q is the prox of alpha_t J at x0 - V / P in the metric P: we solve it exactly, with a
-    threshold per element, where the authors' code iterates proximal gradient steps to a tolerance. (That solver is not
-    offered.)
+    Completing the square, q is the prox of alpha_t J at x0 - V / P in the metric P. solver="exact" solves it exactly,
+    with a threshold per element. solver="pg" is what the authors' code does: proximal gradient steps from the current
+    parameter with step 1 / (largest P of the group), in plain torch, without a host read; groups that are zero in q
+    are so exactly, elementwise penalties need one step. It costs many times as much (with `Nuclear`, two
+    decompositions per iteration), and q stays in the state, as another start would give another q within the
+    tolerance: `prox_point` returns that very q. The stopping test looks at the objective, whose constant we leave out:
+
+        (Q_before - Q) / (|Q| + 1) < rtol.
+
+    On 512 x 256 normal gradients with rows for groups, q was within 1e-3 of the exact one at the second step (46
+    iterations) and 1e-4 at the eighth (12), relatively, but only 1e-2 at the first: there P spreads most, and all 100
+    iterations ran.
 
     Args:
         params, lr, reg, momentum, maximize, fused, count_nonzeros, check_finite, capturable: as in `RMDA`. Group
-            penalties: lasso (with or without l1) and MCP.
+            penalties of solver="exact": lasso (with or without l1) and MCP; of "pg": all convex ones, and `Nuclear`.
         eps: >= 0, added to the cube root.
+        solver: "exact" or "pg"; fused=True and compiled steps need "exact".
+        max_iters, rtol: of "pg": its most iterations, an integer >= 1, and its tolerance >= 0.
 
     Raises:
         ValueError, TypeError: a parameter out of its range; nothing was changed.
+        RuntimeError: fused=True with solver="pg".
 
     >>> p = torch.nn.Parameter(torch.tensor([1.0, 0.01]))
     >>> p.grad = torch.tensor([0.5, 0.0])
@@ -223,6 +262,9 @@ class RAMDA(_DualAveraging):
         reg: Regularizer | None = None,
         momentum: float = 0.1,
         eps: float = 1e-6,
+        solver: str = "exact",
+        max_iters: int = 100,
+        rtol: float = 1e-8,
         *,
         maximize: bool = False,
         fused: bool | None = None,
@@ -230,9 +272,37 @@ class RAMDA(_DualAveraging):
         check_finite: bool = False,
         capturable: bool = False,
     ) -> None:
-        defaults = dict(lr=lr, reg=reg, momentum=momentum, eps=eps)
+        defaults: dict[str, Any] = dict(lr=lr, reg=reg, momentum=momentum, eps=eps)
+        defaults |= dict(solver=solver, max_iters=max_iters, rtol=rtol)
         super().__init__(params, defaults, maximize, fused, count_nonzeros, check_finite, capturable)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         check_number("RAMDA", "eps", group["eps"])
+        check_number("RAMDA", "rtol", group["rtol"])
+        most, reg = group["max_iters"], group["reg"]
+        if isinstance(most, bool) or not isinstance(most, int) or most < 1:
+            raise ValueError(f"RAMDA: max_iters must be an integer >= 1, got {most!r}")
+        if group["solver"] not in ("exact", "pg"):
+            raise ValueError(f"RAMDA: solver must be 'exact' or 'pg', got {group['solver']!r}")
+        if group["solver"] == "exact":
+            return
+        if group["fused"]:
+            raise RuntimeError(f"RAMDA: fused=True, but {_INEXACT.plain}: leave fused at None, or take solver='exact'")
+        if reg is not None and not reg.convex and (reg.radial is not None or reg.whole):
+            raise ValueError(f"RAMDA: solver='pg' needs a convex penalty on groups, got {type(reg).__name__}")
+
+    def _check_traced(self, group: dict[str, Any]) -> None:
+        if group["solver"] == "pg":
+            raise RuntimeError(f"a compiled step runs kernels, but {_INEXACT.plain}: take solver='exact'")
+
+    def _rule(self, group: dict[str, Any]) -> Rule:
+        return _INEXACT if group["solver"] == "pg" else self._dual_rule
+
+    def _init_state(self, param: Tensor, group: dict[str, Any], rule: Rule) -> dict[str, Any]:
+        if "point" not in rule.slots:  # the solver was exchanged, and prox_point is to follow
+            self.state[param].pop("point", None)
+        return super()._init_state(param, group, rule)
+
+
+_INEXACT = InexactRAMDARule()

@@ -59,6 +59,7 @@ class Regularizer:
     # Empty, or why the prox needs a whole tensor at once: no composition of phi and psi, so no kernels and no shards.
     whole: ClassVar[str] = ""
     budgets_kernel: ClassVar[bool] = False  # whether the kernels know its groups' shares of a budget nevertheless
+    every: int = 1  # the prox is taken at every so many steps, with so many times the step size; > 1 needs `whole`
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,11 +24,18 @@ class Nuclear(Regularizer):
     in float64 for float64 and in float32 else; on a GPU torch's decomposition waits for the device. A NaN or an
     infinity fills the tensor with NaN.
 
+    With `every` = n, `ProxSGD` leaves the prox out of all steps but each n-th of a parameter, and takes it there with n
+    times its step size: as much shrinkage, 1/n of the decompositions. The rank is low after those steps alone
+    (`rank(x)` reports it). Other optimizers refuse it, as in theirs the parameter is the prox of a point that runs
+    beside it, or an average of such; and so does `capturable`, as the step count decides on the host.
+
     Args:
         lam: strength, >= 0; 0 is the identity.
+        every: an integer >= 1.
 
     Raises:
-        ValueError: by `groups_of`, and so when an optimizer is made: a tensor with fewer than two dims.
+        ValueError, TypeError: a value out of its range; ValueError by `groups_of`, and so when an optimizer is made: a
+            tensor with fewer than two dims.
 
     >>> Nuclear(1.0).prox(torch.tensor([[3.0, 0.0], [0.0, 0.5]]), 1.0)
     tensor([[2., 0.],
@@ -35,7 +43,16 @@ class Nuclear(Regularizer):
     """
 
     lam: float
+    every: int = 1
     whole = "it decomposes the whole matrix"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "every":
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"Nuclear: every must be an int, got {value!r}")
+            if value < 1:
+                raise ValueError(f"Nuclear: every must be >= 1, got {value!r}")
+        super().__setattr__(name, value)
 
     def groups_of(self, shape: Sequence[int]) -> None:
         """There are no groups; see `Regularizer.groups_of`.
