@@ -162,7 +162,7 @@ def _unlisted() -> dict[str, RegCase]:
         name.lower(): case(cls)
         for name, cls in Regularizer.registry.items()
         if cls.__module__.startswith("bregman_cuda.") and dataclasses.is_dataclass(cls) and cls not in listed
-        if not cls.whole  # no kernels: tests/test_envelope.py
+        if not cls.whole  # no bits in common: tests/test_budgets.py, test_whole_tensors.py
     }
 
 

@@ -64,3 +64,7 @@ class NoReads(TorchDispatchMode):
         by_mask = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
         assert not by_mask, "a boolean index reads its mask"
         return func(*args, **(kwargs or {}))
+
+
+def reg_distance(reg, x: torch.Tensor, grad: torch.Tensor) -> float:
+    return float(reg.subdiff_distance(x, grad).max())
