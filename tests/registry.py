@@ -76,9 +76,9 @@ RULES = {
         dual=False,
         metric=True,
     ),
-    "rmda": RuleCase(RMDA, {"lr": 0.25, "momentum": 1.0}, "rmda", dual=False),
+    "rmda": RuleCase(RMDA, {"lr": 0.25, "momentum": 1.0}, "rmda_point", dual=False),
     "rmda_averaged": RuleCase(RMDA, {"lr": 0.25, "momentum": 0.25}, "rmda", dual=False, dense=True),
-    "ramda": RuleCase(RAMDA, {"lr": 0.1, "momentum": 1.0}, "ramda", dual=False, metric=True),
+    "ramda": RuleCase(RAMDA, {"lr": 0.1, "momentum": 1.0}, "ramda_point", dual=False, metric=True),
     "ramda_averaged": RuleCase(RAMDA, {"lr": 0.1, "momentum": 0.25}, "ramda", dual=False, metric=True, dense=True),
     "splitlbi": RuleCase(
         SplitLBI, {"lr": 0.25, "kappa": 1.5, "mu": 2.0}, "splitlbi", dual=False, dense=True, twin=True

@@ -39,18 +39,17 @@ def entries(header: str) -> list[str]:
     return re.findall(r"^  X\((\w+), \w+\)", (ROOT / "csrc/math" / header).read_text(), re.MULTILINE)
 
 
-DEFAULTS = (ROOT / "csrc/math/point.h").read_text()
 RULES, PENALTIES = entries("rule_list.h"), entries("penalty_list.h")
 
 
 def constant(rule: str, name: str) -> int:
     """A constexpr member of a rule, read from its header."""
-    for header in (ROOT / "csrc/math/rules").glob("*.h"):
+    for header in (ROOT / "csrc/math/point.h", *(ROOT / "csrc/math/rules").glob("*.h")):
         text = header.read_text()
-        if re.search(rf"^struct {rule} ", text, re.MULTILINE):
-            found = re.search(rf"{name} = (\w+);", text) or re.search(rf"{name} = (\w+);", DEFAULTS)
-            value = found.group(1)
-            return {"true": 1, "false": 0}.get(value) or int(value if value.isdigit() else 0)
+        if own := re.search(rf"^struct {rule} (?:: (\w+) )?", text, re.MULTILINE):
+            if found := re.search(rf"{name} = (\w+);", text):
+                return {"true": 1, "false": 0}[found.group(1)] if found.group(1).isalpha() else int(found.group(1))
+            return constant(own.group(1), name)
     raise LookupError(rule)
 
 

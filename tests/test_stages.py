@@ -19,7 +19,7 @@ RULES = ["rmda", "rmda_averaged", "ramda", "ramda_averaged"]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rule", RULES)
 def test_after_a_restart_it_is_a_new_optimizer(driver, rule, dtype):
-    """In all groups, for parameters of different step counts, from the master copy of 16-bit ones; masks stay."""
+    """In all groups, for parameters of different step counts, at the full width of 16-bit ones; masks stay."""
     params = model(dtype=dtype)
     groups = [{"params": params[:1]}, {"params": params[1:], "lr": 0.125}]
     optimizer = registry.RULES[rule].make(groups, L1(0.05), fused=driver.fused)
@@ -31,7 +31,9 @@ def test_after_a_restart_it_is_a_new_optimizer(driver, rule, dtype):
     for p in params:
         state = optimizer.state[p]
         assert float(state["step"]) == float(state["alpha"]) == 0
-        assert same_bits(state["start"], state.get("master", p.detach()))
+        assert same_bits(state["start"], state.get("master", state["start"]))
+        assert same_bits(state["start"].to(dtype), p.detach())  # where there is no copy: the prox point, unrounded
+        assert dtype == torch.float32 or not torch.equal(state["start"], p.detach().float())
         assert same_bits(optimizer.prox_point(p), p.detach())
         assert not state["gradient_sum"].any()
     twins = [torch.nn.Parameter(p.detach().clone()) for p in params]

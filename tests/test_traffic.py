@@ -35,7 +35,8 @@ def test_bytes_are_those_of_the_compiled_rules_slots(traffic, dtype):
     """Slots and those that are only read as the library has them; the gradient is read and the parameter written."""
     kernels = _backend._load("cpu")[0]
     assert kernels is not None
-    from_state = {"linbreg", "linbreg_momentum", "adabreg"}  # the parameter is a function of the dual
+    # The parameter is a function of the state.
+    from_state = {"linbreg", "linbreg_momentum", "adabreg", "rmda_point", "ramda_point"}
     for title in traffic.EVERYONE:
         row = traffic.counted(title, dtype)
         _, slots, _, metric, fixed = kernels.rules[row["rule"]]
@@ -45,14 +46,10 @@ def test_bytes_are_those_of_the_compiled_rules_slots(traffic, dtype):
         assert row["metric"] == metric
 
 
-def test_what_is_known_to_move_too_much_is_marked(traffic):
+def test_nothing_moves_too_much(traffic):
     rows = traffic.run(traffic.parse(["--no-time"]))
-    marked = {(row["dtype"], row["optimizer"]): row["ratio"] for row in rows if row["marks"]}
-    assert marked == {
-        ("float32", "RMDA momentum=1"): 24 / 20,
-        ("bfloat16", "RMDA momentum=1"): 24 / 16,
-        ("bfloat16", "RAMDA momentum=1"): 32 / 24,
-    }
+    assert {(row["dtype"], row["optimizer"]): row["ratio"] for row in rows if row["ratio"] > 1.15} == {}
+    assert len(rows) == 2 * len(traffic.EVERYONE)
 
 
 def test_marks_of_times(traffic):
@@ -79,5 +76,4 @@ def test_one_command_prints_a_table_and_writes_json(traffic, rich, tmp_path, cap
         assert row["ns/byte"] * row["bytes"] * 4000 == pytest.approx(1e6 * row["ms"])
         assert row["vs " + row["optimizer"]] == 1 if row["optimizer"] in traffic.TIME else row["ms"] > 0
         assert row["optimizer"] in printed
-    assert "1.20 !" in printed
     assert written["machine"]["threads"] == 1

@@ -63,6 +63,16 @@ class RMDARule(DualAveragingRule):
         return self.dual_point(state, h)
 
 
+class RMDAPointRule(RMDARule):
+    """csrc/math/rules/rmda_point.h"""
+
+    name = "rmda_point"
+    reads_param = False
+
+    def finish(self, q: Tensor, param: Tensor, state: State, h: Hyper) -> Tensor:
+        return q
+
+
 class RAMDARule(DualAveragingRule):
     """csrc/math/rules/ramda.h"""
 
@@ -88,6 +98,16 @@ class RAMDARule(DualAveragingRule):
         total.copy_(total + grad * h["gain"])
         squares.copy_(squares + grad * grad * h["gain"])
         return self.dual_point(state, h)
+
+
+class RAMDAPointRule(RAMDARule):
+    """csrc/math/rules/ramda_point.h"""
+
+    name = "ramda_point"
+    reads_param = False
+
+    def finish(self, q: Tensor, param: Tensor, state: State, h: Hyper) -> Tensor:
+        return q
 
 
 class InexactRAMDARule(RAMDARule):
@@ -117,12 +137,13 @@ class InexactRAMDARule(RAMDARule):
 class _DualAveraging(SparseOptimizer):
     dense_params = True
     _dual_rule: DualAveragingRule
+    _point_rule: DualAveragingRule  # of momentum = 1
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_share(type(self).__name__, "momentum", group["momentum"])
 
     def _rule(self, group: dict[str, Any]) -> Rule:
-        return self._dual_rule
+        return self._point_rule if group["momentum"] == 1 else self._dual_rule
 
     @torch.no_grad()
     def restart(self) -> None:
@@ -132,7 +153,12 @@ class _DualAveraging(SparseOptimizer):
                 state = self.state.get(param, {})
                 if "step" not in state:
                     continue
-                local(state["start"]).copy_(local(state.get("master", param.detach())))
+                # A 16-bit parameter that is the prox point has no wider copy; the point can be told again. Before the
+                # first step of a stage it is the start.
+                if "master" in state or param.dtype == state["start"].dtype:
+                    local(state["start"]).copy_(local(state.get("master", param.detach())))
+                elif float(state["step"]):
+                    local(state["start"]).copy_(local(self._wide_point(param)))
                 for name in (*self._dual_rule.slots[1:], "step", *self._dual_rule.counters):
                     local(state[name]).zero_()  # in place: captured steps go on with them
 
@@ -146,14 +172,18 @@ class _DualAveraging(SparseOptimizer):
         Raises:
             KeyError: not a parameter of this optimizer.
         """
-        group = next((g for g in self.param_groups if any(param is p for p in g["params"])), None)
-        if group is None:
+        if all(param is not p for p in self._params()):
             raise KeyError("prox_point: not a parameter of this optimizer")
+        return self._wide_point(param).to(param.dtype)
+
+    def _wide_point(self, param: Tensor) -> Tensor:
+        """The prox point in the state's dtype."""
+        group = next(g for g in self.param_groups if any(param is p for p in g["params"]))
         state, rule = self.state.get(param, {}), self._dual_rule
         if not float(state.get("step", 0.0)):
             return param.detach()
         if "point" in state:  # of solver="pg"
-            return state["point"].to(param.dtype, copy=True)
+            return state["point"].clone()
         h = rule.hyper(group, int(state["step"]), *(float(state[name]) for name in rule.counters))
         mask = self.get_mask(param)
         known = {slot: state[slot] for slot in rule.slots} | ({} if mask is None else {"mask": mask})
@@ -162,7 +192,7 @@ class _DualAveraging(SparseOptimizer):
         if mask is not None:
             z = torch.where(slots["mask"], z, 0)
             scale = torch.where(slots["mask"], scale, 0) if torch.is_tensor(scale) else scale
-        point = torch.empty_like(param)
+        point = torch.empty_like(param, dtype=slots["start"].dtype)
         local(point).copy_(part(z if group["reg"] is None else group["reg"].prox(z, scale)))
         return point
 
@@ -179,7 +209,7 @@ class RMDA(_DualAveraging):
     q (`prox_point`) and not in p; `density()` reports q, counted afresh from the state.
 
     x0 is the parameter at its first step (or restart). V and x0 are fp32 (fp64 for fp64), 16-bit parameters have a
-    master copy, and alpha is kept in float64 per parameter, with the lr of each step.
+    master copy while momentum < 1 (at 1 they are a function of the state, and not read), and alpha is kept in float64 per parameter, with the lr of each step.
 
     Args:
         params, reg, maximize, fused, count_nonzeros, check_finite, capturable: as in `LinBreg`.
@@ -196,7 +226,7 @@ class RMDA(_DualAveraging):
     tensor([0.4000, 0.0000])
     """
 
-    _dual_rule = RMDARule()
+    _dual_rule, _point_rule = RMDARule(), RMDAPointRule()
 
     def __init__(
         self,
@@ -253,7 +283,7 @@ class RAMDA(_DualAveraging):
     tensor([0.0476, 0.0000])
     """
 
-    _dual_rule = RAMDARule()
+    _dual_rule, _point_rule = RAMDARule(), RAMDAPointRule()
 
     def __init__(
         self,
@@ -297,7 +327,7 @@ class RAMDA(_DualAveraging):
             raise RuntimeError(f"a compiled step runs kernels, but {_INEXACT.plain}: take solver='exact'")
 
     def _rule(self, group: dict[str, Any]) -> Rule:
-        return _INEXACT if group["solver"] == "pg" else self._dual_rule
+        return _INEXACT if group["solver"] == "pg" else super()._rule(group)
 
     def _init_state(self, param: Tensor, group: dict[str, Any], rule: Rule) -> dict[str, Any]:
         if "point" not in rule.slots:  # the solver was exchanged, and prox_point is to follow

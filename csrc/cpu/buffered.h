@@ -229,13 +229,18 @@ class BufferedGroups {
     for_parts([&](const Matrix<C>& m) { add_start(m, line, sums_, sums_ + columns_); });
     total();
     for (int64_t g = 0; g < count_; ++g) norms[g] = root_start(sums(g), line);
-    for (int step = 0; step < kRootSteps<C>; ++step) {
+    bool moves = true;  // a step begins at a norm of type C: where none has changed, neither will the next
+    for (int step = 0; step < kRootSteps<C> && moves; ++step) {
       for (int64_t g = 0; g < count_; ++g) group_[g] = C(norms[g]);
       spread(group_, row_, count_, spread_);
       clear();
       for_parts([&](const Matrix<C>& m) { add_step(m, line, spread_, sums_, sums_ + columns_); });
       total();
-      for (int64_t g = 0; g < count_; ++g) norms[g] = root_step<C>(norms[g], sums(g));
+      moves = false;
+      for (int64_t g = 0; g < count_; ++g) {
+        norms[g] = root_step<C>(norms[g], sums(g));
+        moves |= C(norms[g]) != group_[g];
+      }
     }
     for (int64_t g = 0; g < count_; ++g) group_[g] = root_rho(norms[g], line);
     spread(group_, row_, count_, spread_);

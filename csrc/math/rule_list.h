@@ -11,7 +11,9 @@
 #include "rules/proxsgd.h"
 #include "rules/proxsgd_momentum.h"
 #include "rules/ramda.h"
+#include "rules/ramda_point.h"
 #include "rules/rmda.h"
+#include "rules/rmda_point.h"
 #include "rules/splitlbi.h"
 #include "rules/splitlbi_momentum.h"
 
@@ -25,7 +27,9 @@
   X(ProxAdam, proxadam)                   \
   X(ProxAdamAMSGrad, proxadam_amsgrad)    \
   X(RMDA, rmda)                           \
+  X(RMDAPoint, rmda_point)                \
   X(RAMDA, ramda)                         \
+  X(RAMDAPoint, ramda_point)              \
   X(SplitLBI, splitlbi)                   \
   X(SplitLBIMomentum, splitlbi_momentum)  \
   X(HalfSpace, half_space)

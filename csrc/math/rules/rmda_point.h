@@ -1,0 +1,17 @@
+// RMDA that does not average (momentum 1): the parameter is the prox point, a function of the state, and is not read.
+#pragma once
+
+#include "rmda.h"
+
+BREGMAN_BEGIN
+
+struct RMDAPoint : RMDA {
+  static constexpr bool kReadsParam = false;
+
+  template <class C>
+  BREGMAN_HD static C finish(C q, C, const C*, const Hyper<C>&) {
+    return q;
+  }
+};
+
+BREGMAN_END
