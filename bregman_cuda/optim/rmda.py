@@ -209,7 +209,8 @@ class RMDA(_DualAveraging):
     q (`prox_point`) and not in p; `density()` reports q, counted afresh from the state.
 
     x0 is the parameter at its first step (or restart). V and x0 are fp32 (fp64 for fp64), 16-bit parameters have a
-    master copy while momentum < 1 (at 1 they are a function of the state, and not read), and alpha is kept in float64 per parameter, with the lr of each step.
+    master copy while momentum < 1 (at 1 they are a function of the state, and not read), and alpha is kept in float64
+    per parameter, with the lr of each step.
 
     Args:
         params, reg, maximize, fused, count_nonzeros, check_finite, capturable: as in `LinBreg`.
