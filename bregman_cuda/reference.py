@@ -70,7 +70,8 @@ def advance(
     z, scale = rule.point(grad, before, state, h)
     if mask is not None:
         z = torch.where(mask, z, torch.zeros_like(z))
-        scale = torch.where(mask, scale, 0) if torch.is_tensor(scale) else scale  # it may be NaN behind the mask
+        if rule.per_element:
+            scale = torch.where(mask, scale, 0)  # it may be NaN behind the mask
         _mask_state(rule, state, mask)
     return z, scale, before, grad
 

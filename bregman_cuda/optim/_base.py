@@ -13,7 +13,7 @@ from ..reference import state_dtype
 from ..regularizers import Regularizer
 from ..regularizers._base import check_number
 from . import _checkpoint, _masks
-from ._plan import Amp, Bucket, GroupPlan, counter_values, slots_of
+from ._plan import Amp, Bucket, GroupPlan, check_together, counter_values, slots_of
 from ._rule import COUNTERS, Rule
 from ._shards import (
     found_inf_anywhere,
@@ -128,6 +128,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         if reg is not None:
             try:
                 reg.fits_together([param.shape for param in group["params"]])
+                check_together(reg, group["params"], len({(p.dtype, p.device) for p in group["params"]}))
             except ValueError as error:
                 raise ValueError(f"{owner}: {error}") from None
 
@@ -418,7 +419,7 @@ class SparseOptimizer(torch.optim.Optimizer):
                 new = group["reg"]
                 if reg is not None and type(reg) is type(new) and held.setdefault(id(reg), new) == new:
                     for name, value in vars(new).items():  # a handle held by the user stays live, a tensor too
-                        if torch.is_tensor(held_tensor := vars(reg)[name]):
+                        if torch.is_tensor(held_tensor := getattr(reg, name)):
                             held_tensor.fill_(value)
                         else:
                             vars(reg)[name] = value

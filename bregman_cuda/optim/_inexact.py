@@ -40,8 +40,10 @@ def proximal_gradient(
     reduced = [d for d in range(z.ndim) if d not in (dims or ())]
     largest = metric.amax(reduced, keepdim=True) if reduced else metric
     metric = torch.where(metric > 0, metric, largest)  # masked entries: of the whole tensor they would be free
-    step = (1 / largest).reshape(()) if reg.whole else 1 / largest
-    pull, share = metric * z, metric / largest
+    # A metric of zero throughout is a mask's: nothing moves.
+    inverse = torch.where(largest > 0, 1 / largest, 0)
+    step = inverse.reshape(()) if reg.whole else inverse
+    pull, share = metric * z, torch.where(largest > 0, metric / largest, 0)
     gone = torch.zeros_like(z, dtype=torch.bool)
     if not reg.whole:
         gone = (reg.subdiff_distance(torch.zeros_like(z), -pull / alpha) <= 0).expand_as(z)

@@ -46,6 +46,8 @@ class Amp:
 class Bucket:
     """Parameters of one device, dtype and step count (and of the same value of the rule's other counters).
 
+    Those that share a prox are in one bucket whatever their step counts: a rule that serves them does not look at it.
+
     A bucket is `live` where the scalars of its steps are device memory that kernels read: under `capturable`, and
     from the first overflow flag on that lies on a device. Nothing is read back then.
     """
@@ -58,11 +60,16 @@ class Bucket:
         where = params[0].device if live else "cpu"
         values = (self.step, *self.counters)
         self.tensors = [torch.full((), value, dtype=torch.float64, device=where) for value in values]
+        self.offsets = [float(state["step"]) - self.step for state in states]
         self._share()
 
     def _share(self) -> None:
-        for state in self.states:
+        late: dict[float, Tensor] = {}
+        for state, offset in zip(self.states, self.offsets):
             state.update(zip(("step", *self.rule.counters), self.tensors))
+            if offset:
+                state["step"] = late.setdefault(offset, self.tensors[0] + offset)
+        self.late = list(late.items())
 
     def _next(self, group: dict[str, Any], step: Any, *counters: Any) -> tuple[Any, ...]:
         """Number and counters of the next step."""
@@ -80,6 +87,8 @@ class Bucket:
             self.run_live(group, grads, self.rule.hyper(group, *after), factor, skip)
             for tensor, value in zip(self.tensors, after):
                 tensor.copy_(torch.where(skip != 0, tensor, value) if torch.is_tensor(skip) else value)
+            for offset, tensor in self.late:
+                tensor.copy_(self.tensors[0] + offset)
             return
         factor, skip = amp.on_host()
         if not skip:
@@ -88,6 +97,8 @@ class Bucket:
             self.step, *self.counters = after
             for tensor, value in zip(self.tensors, after):
                 tensor.fill_(value)
+            for offset, tensor in self.late:
+                tensor.fill_(self.step + offset)
 
     def run_host(self, group: dict[str, Any], grads: list[Tensor], h: Hyper, factor: float) -> None:
         raise NotImplementedError
@@ -127,7 +138,12 @@ class ReferenceBucket(Bucket):
             *(local(s[slot]) for s in self.states for slot in slots_of(self.rule, self.params[0])),
         ]
         before = [tensor.detach().clone() for tensor in changing] if torch.is_tensor(skip) else []
-        self._run(group, grads, h, factor)
+        try:
+            self._run(group, grads, h, factor)
+        except Exception:  # of a decomposition: the step may be one that is skipped
+            for tensor, old in zip(changing, before):
+                tensor.copy_(old)
+            raise
         for tensor, old in zip(changing, before):
             tensor.copy_(torch.where(skip != 0, old, tensor))
         self._count(group)
@@ -263,12 +279,12 @@ def check_together(reg: Any, params: Sequence[Any], parts: int) -> None:
     """Refuse tensors that share a budget and are stepped in several parts.
 
     Raises:
-        RuntimeError: there are several parts.
+        ValueError: there are several parts.
     """
     if parts > 1 and -1 in budgets(reg, params):
-        raise RuntimeError(
-            f"{type(reg).__name__} shares its k over tensors that cannot step together: they differ in device, dtype, "
-            "number of steps taken, or in whether kernels serve them; give them parameter groups and a k of their own"
+        raise ValueError(
+            f"{type(reg).__name__}: k is shared over tensors that cannot step together: they differ in dtype or device "
+            "(or, in a compiled step, in the number of steps taken); give them parameter groups and a k of their own"
         )
 
 
@@ -294,7 +310,10 @@ class GroupPlan:
             live = group["capturable"] or state["step"].device.type != "cpu"
             key = (params[i].device, params[i].dtype, *counter_values(rule, state), live, cut, kernels)
             split.setdefault(key, []).append(position)
-        check_together(reg, params, len(split))
+        if -1 in budgets(reg, params) and len(split) > 1:  # one prox, one bucket: in plain torch where any needs that
+            served = {key[-1] for key in split}
+            live = any(key[-3] for key in split)
+            split = {(live, False, None if None in served else served.pop()): list(range(len(active)))}
         for (*_, live, cut, kernels), positions in split.items():
             states = [optimizer.state[params[active[k]]] for k in positions]
             chosen = [local(params[active[k]]) for k in positions]

@@ -41,6 +41,11 @@ class Rule:
     plain: str = ""  # empty, or why it runs in plain torch: it has no kernels
     counters: tuple[str, ...] = ()  # scalars besides the step count, from COUNTERS, that grow once per step
 
+    @property
+    def per_element(self) -> bool:
+        """Whether the prox scale is a tensor of the parameter's shape."""
+        return self.metric or self.half_space or bool(self.plain)
+
     def hyper(self, group: dict[str, Any], step: Any, *counters: Any) -> Hyper:
         """The scalars of step number `step` (from 1), in the order of the kernel's Hyper.
 

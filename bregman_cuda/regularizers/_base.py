@@ -56,7 +56,8 @@ class Regularizer:
     bounds: ClassVar[dict[str, tuple[float, float]]] = {"lam": (0.0, math.inf)}
     above: ClassVar[tuple[str, ...]] = ()  # parameters that must exceed their lower bound
     convex: ClassVar[bool] = True  # Bregman optimizers need it: their dual is a subgradient
-    # Empty, or why the prox needs a whole tensor at once: no composition of phi and psi, so no kernels and no shards.
+    # Empty, or why the prox needs a whole tensor at once: no composition of phi and psi, so no shards, and no kernels but
+    # those for budgets.
     whole: ClassVar[str] = ""
     budgets_kernel: ClassVar[bool] = False  # whether the kernels know its groups' shares of a budget nevertheless
     every: int = 1  # the prox is taken at every so many steps, with so many times the step size; > 1 needs `whole`
@@ -148,10 +149,13 @@ class Regularizer:
 
     def _per_element(self, x: Tensor, step: Step) -> bool:
         """Whether there is a step size for each element; refused where that prox is not known."""
-        per_element = torch.is_tensor(step) and step.shape == x.shape
-        if per_element and (why := self.why_not_weighted()):
-            raise ValueError(f"prox: with a step size for each element, {why}")
-        return per_element
+        if not torch.is_tensor(step) or step.shape != x.shape:
+            return False
+        if why := self.why_not_weighted():
+            if x.numel() > 1:
+                raise ValueError(f"prox: with a step size for each element, {why}")
+            return False  # a single element has a single step size
+        return True
 
     def why_not_weighted(self) -> str:
         """Empty, or why the prox with a step size for each element is not known.

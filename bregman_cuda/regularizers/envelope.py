@@ -120,6 +120,8 @@ class GroupEnvelope(Grouped):
         return self._prox(points, step) if self.scope == "all" else [self.prox(x, step) for x in points]
 
     def _prox(self, points: Sequence[Tensor], step: Step) -> list[Tensor]:
+        if not points:
+            return []
         for x in points:
             self.groups_of(x.shape)
         norms, decays = [], []
@@ -163,11 +165,12 @@ class GroupEnvelope(Grouped):
     def _level(self, x: Tensor) -> Tensor:
         """The t of  u_G = min(1, s_G / t),  s_G = sqrt(d_G) ||x_G||: zero with fewer than k non-zero groups."""
         sizes = self._sizes(x).flatten().sort(descending=True).values
-        tails = sizes.flip(0).cumsum(0).flip(0)[: self.k]  # sums from the small end: nothing cancels
+        k = min(self.k, len(sizes))  # of all tensors it may exceed the groups of this one
+        tails = sizes.flip(0).cumsum(0).flip(0)[:k]  # sums from the small end: nothing cancels
         # With the N largest at u = 1 the others share k - N. The right N is the first at which none of them exceeds 1;
         # N = k - 1 always qualifies, as a sum is no smaller than its largest term.
-        levels = tails / torch.arange(self.k, 0, -1, dtype=torch.float64, device=x.device)
-        first = (levels >= sizes[: self.k]).int().argmax()
+        levels = tails / torch.arange(k, 0, -1, dtype=torch.float64, device=x.device)
+        first = (levels >= sizes[:k]).int().argmax()
         return levels.gather(0, first.view(1)).view(())
 
     def _stretch(self, x: Tensor) -> Tensor:

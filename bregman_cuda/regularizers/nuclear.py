@@ -69,19 +69,20 @@ class Nuclear(Regularizer):
     def value(self, x: Tensor) -> Tensor:
         if not x.numel():
             return x.new_zeros(())
-        values = torch.linalg.svdvals(self._matrix(x))
-        return (self.lam * torch.where(values > 0, values, torch.zeros_like(values))).sum().to(x.dtype)
+        matrix, finite = self._finite_matrix(x)
+        values = torch.linalg.svdvals(matrix)
+        total = self.lam * torch.where(values > 0, values, torch.zeros_like(values)).sum()
+        return torch.where(finite, total, torch.nan).to(x.dtype)
 
     def prox(self, x: Tensor, step: Step) -> Tensor:
         self._per_element(x, step)
-        matrix = self._matrix(x)
         if not x.numel():
             return x
-        finite = torch.isfinite(matrix).all()
-        left, values, right = torch.linalg.svd(torch.where(finite, matrix, 0), full_matrices=False)
+        matrix, finite = self._finite_matrix(x)
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
         threshold = torch.as_tensor(step, dtype=matrix.dtype, device=x.device) * self.lam
         shrunk = (left * (values - threshold).clamp_min(0)) @ right
-        result = torch.where(threshold == 0, matrix, torch.where(finite, shrunk, torch.nan))
+        result = torch.where(threshold == 0, self._matrix(x), torch.where(finite, shrunk, torch.nan))
         return torch.empty_like(x).copy_(result.view(x.shape))
 
     def subgradient(self, x: Tensor) -> Tensor:
@@ -118,9 +119,16 @@ class Nuclear(Regularizer):
         wide = x if x.dtype == torch.float64 else x.float()
         return wide.reshape(x.shape[0], -1) if x.numel() else wide
 
+    def _finite_matrix(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The matrix, or zeros where it has a NaN or an infinity, which a decomposition refuses; and whether it has none."""
+        matrix = self._matrix(x)
+        finite = torch.isfinite(matrix).all()
+        return torch.where(finite, matrix, 0), finite
+
     def _bases(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Left and right singular vectors, with zeros in place of those whose singular value is zero up to rounding."""
-        matrix = self._matrix(x)
+        matrix, finite = self._finite_matrix(x)
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
         kept = values > values[:1] * (max(matrix.shape) * torch.finfo(matrix.dtype).eps)
+        left = torch.where(finite, left, torch.nan)
         return left * kept, right * kept.unsqueeze(1)

@@ -30,7 +30,9 @@ struct Scalars {
 // The decay of a tensor's groups that share a budget: prox scale, lam and weight.
 template <class Rule, class C>
 BREGMAN_HD double budget_decay(const Scalars<Rule, C>& k, double weight) {
-  return double(uniform_scale<Rule, C>(k.h)) * double(k.radial.a) * weight;
+  const double lam = double(k.radial.a) < 1e300 ? double(k.radial.a) : 1e300;  // infinite in fp32 beyond 3.4e38
+  const double decay = double(uniform_scale<Rule, C>(k.h)) * lam * weight;
+  return decay > 1e300 ? 1e300 : decay;
 }
 
 BREGMAN_END
