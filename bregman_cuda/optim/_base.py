@@ -27,7 +27,8 @@ from ._shards import (
 )
 from ._traced import traced_step
 
-_layout = operator.attrgetter("layout")  # without a Python call per tensor
+# Without a Python call per tensor.
+_layout, _dtype = operator.attrgetter("layout"), operator.attrgetter("dtype")
 
 
 class SparseOptimizer(torch.optim.Optimizer):
@@ -243,15 +244,19 @@ class SparseOptimizer(torch.optim.Optimizer):
                 raise FloatingPointError(f"the gradient of {name} has NaN or Inf; nothing was changed")
 
     def _check_against_params(self, ready: list[tuple[GroupPlan, dict[str, Any], list[Tensor]]]) -> None:
+        """torch lets nobody assign a gradient of another shape, so that a plan's first step looks at shapes; ops always."""
         for plan, _, grads in ready:
             for bucket in plan.buckets:
-                for position, param in zip(bucket.index, bucket.params):
-                    grad = grads[position]
+                own = grads if len(plan.buckets) == 1 else [grads[position] for position in bucket.index]
+                if plan.fits and set(map(_dtype, own)) == {bucket.dtype}:
+                    continue
+                for param, grad in zip(bucket.params, own):
                     if (grad.dtype, grad.shape) != (param.dtype, param.shape):
                         raise RuntimeError(
                             f"{type(self).__name__}: a parameter has dtype {param.dtype} and shape "
                             f"{tuple(param.shape)}, its gradient {grad.dtype} and {tuple(grad.shape)}; they must agree"
                         )
+            plan.fits = True
 
     def _plan(self, number: int, group: dict[str, Any], active: Any) -> GroupPlan:
         """The group's plan; built anew when anything but gradients and scalars changed."""

@@ -296,6 +296,7 @@ class GroupPlan:
         params: list[Tensor] = group["params"]
         self.pointers = [local(params[i]).data_ptr() for i in active]
         self.buckets: list[Bucket] = []
+        self.fits = False  # whether gradients were compared with the parameters
         split: dict[tuple[Any, ...], list[int]] = {}
         for position, i in enumerate(active):
             state = optimizer._init_state(params[i], group, rule)
