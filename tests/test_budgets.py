@@ -145,6 +145,96 @@ def test_tensors_without_a_gradient_take_no_share(kernel_driver):
     torch.testing.assert_close(params[0].detach(), expected, rtol=1e-13, atol=1e-14)
 
 
+def step_some(optimizer, params, active, seed: int) -> None:
+    """A step in which only the `active` have a gradient."""
+    set_grads(params, seed)
+    for i, p in enumerate(params):
+        p.grad = p.grad if i in active else None
+    optimizer.step()
+    assert len(list(optimizer._buckets())) == 1
+
+
+def step_counts(optimizer, params) -> list[float]:
+    return [float(optimizer.state[p]["step"]) for p in params]
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_tensors_of_several_step_counts_step_together(kernel_driver, capturable):
+    """One comes later, one sits out; on two sides, kernels and reference."""
+    sides = []
+    for fused in (True, False):
+        params, reg = model(dtype=torch.float64), GroupEnvelope(0.3, 4, scope="all")
+        optimizer = ProxSGD(params, lr=0.1, momentum=0.5, reg=reg, fused=fused, capturable=capturable)
+        for i, active in enumerate([(0, 1), (1,), (1, 2), (0, 1, 2), (0, 1, 2)]):
+            step_some(optimizer, params, active, seed=i)
+        assert step_counts(optimizer, params) == [3, 5, 3]
+        assert [b.live for _, b in optimizer._buckets()] == [capturable]
+        sides.append([t for p in params for t in (p.detach(), optimizer.state[p]["momentum_buffer"])])
+    for a, b in zip(*sides):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_prox_of_tensors_of_several_step_counts_is_one(kernel_driver, fused):
+    params, reg = model(dtype=torch.float64), GroupEnvelope(0.8, 4, scope="all")
+    optimizer = ProxSGD(params, lr=0.5, reg=reg, fused=fused)
+    step_some(optimizer, params, (0, 2), seed=0)
+    set_grads(params, 1)
+    points = [p.detach() - 0.5 * p.grad for p in params]
+    step_some(optimizer, params, (0, 1, 2), seed=1)
+    for p, expected in zip(params, reg.prox_together(points, 0.5)):
+        torch.testing.assert_close(p.detach(), expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_several_step_counts_survive_a_skipped_step_and_a_checkpoint(kernel_driver, capturable):
+    def make(params):
+        reg = GroupEnvelope(0.3, 4, scope="all")
+        return ProxSGD(params, lr=0.1, momentum=0.5, reg=reg, fused=True, capturable=capturable)
+
+    params = model()
+    optimizer = make(params)
+    for i, active in enumerate([(1,), (0, 1), (0, 1, 2)]):
+        step_some(optimizer, params, active, seed=i)
+    before = snapshot(optimizer)
+    optimizer.found_inf, optimizer.grad_scale = torch.ones(()), None
+    train(optimizer, params, 1)
+    assert_unchanged(optimizer, before)
+    assert step_counts(optimizer, params) == [2, 3, 1]
+    del optimizer.found_inf
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    twin = make(twins)
+    twin.load_state_dict(optimizer.state_dict())
+    for o, ps in ((optimizer, params), (twin, twins)):
+        train(o, ps, 2, begin=3)
+        assert step_counts(o, ps) == [4, 5, 3]
+    assert all(map(torch.equal, params, twins))
+
+
+def test_one_tensor_without_kernels_takes_the_others_along():
+    params = [*model([(6, 5)]), torch.nn.Parameter(torch.randn(4, 6)[:, ::2])]  # its memory has gaps
+    optimizer = ProxSGD(params, lr=0.1, reg=GroupEnvelope(0.3, 2, scope="all"))
+    step_some(optimizer, params, (0,), seed=0)
+    assert [type(b) for _, b in optimizer._buckets()] == [FusedBucket]
+    step_some(optimizer, params, (0, 1), seed=1)
+    assert [type(b) for _, b in optimizer._buckets()] == [ReferenceBucket]
+
+
+@pytest.mark.parametrize("lam", [1e39, 1e200, 1e308])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_lam_beyond_fp32_is_large_and_not_infinite(kernel_driver, dtype, lam):
+    """At lr = 20 the product is beyond fp64, too; what is left of a group is finite or, in fp64, an infinity."""
+    for name in ("ties", "few", "magnitudes", "nan", "zero", *(["infinite"] if dtype == torch.float64 else [])):
+        start, reg = NAMED[name].to(dtype), GroupEnvelope(lam, 2, scope="all")
+        for fused in (True, False):
+            p = torch.nn.Parameter(start.clone())
+            p.grad = torch.zeros_like(p)
+            ProxSGD([p], lr=20.0, reg=reg, fused=fused).step()
+            expected = torch.where(start.isnan().any(1, keepdim=True), torch.nan, start.new_zeros(start.shape))
+            expected = torch.where(start.isinf(), start, expected)
+            torch.testing.assert_close(p.detach(), expected, rtol=0, atol=1e-20, equal_nan=True)
+
+
 def test_more_tensors_than_a_launch_takes(kernel_driver):
     shapes = [(n % 4, 3) for n in range(1005)]
     check(Problem("proxsgd", lambda: GroupEnvelope(0.5, 60, scope="all"), torch.float32, shapes, steps=1))
@@ -225,10 +315,48 @@ def test_a_k_for_all_tensors_is_compared_with_all_groups():
         GroupEnvelope(0.1, 2, scope="model")
 
 
-def test_tensors_that_cannot_step_together_are_refused():
-    params = [*model([(3, 2)]), *model([(4, 2)], torch.float64)]
-    optimizer = ProxSGD(params, lr=0.1, reg=GroupEnvelope(0.1, 3, scope="all"))
+def test_tensors_of_other_dtypes_or_devices_are_refused():
+    params, reg = model([(3, 2)]), GroupEnvelope(0.1, 3, scope="all")
+    mixed = [*params, *model([(4, 2)], torch.float64)]
+    apart = [*params, torch.nn.Parameter(torch.ones(4, 2, device="meta"))]
+    other = ProxSGD(model([(3, 2)]), lr=0.1)
+    for bad in (mixed, apart):
+        with pytest.raises(ValueError, match=r"ProxSGD: GroupEnvelope: k is shared .* differ in dtype or device"):
+            ProxSGD(bad, lr=0.1, reg=reg)
+        with pytest.raises(ValueError, match=r"ProxSGD: GroupEnvelope: k is shared"):
+            other.add_param_group({"params": bad, "reg": reg})
+        assert len(other.param_groups) == 1
+        ProxSGD(bad, lr=0.1, reg=GroupEnvelope(0.1, 3))
+        ProxSGD([{"params": [p]} for p in bad], lr=0.1, reg=reg)
+
+
+@pytest.mark.parametrize("change", ["dtype", "scope"])
+def test_a_change_that_parts_the_tensors_is_refused_before_the_step(change):
+    params, reg = model([(3, 2), (4, 2)]), GroupEnvelope(0.1, 3, scope="all")
+    if change == "scope":
+        reg.scope, params[1].data = "tensor", params[1].data.double()
+    optimizer = ProxSGD(params, lr=0.1, momentum=0.5, reg=reg)
+    train(optimizer, params, 2)
+    if change == "scope":
+        reg.scope = "all"
+    else:
+        params[1].data, params[1].grad = params[1].data.double(), None
     before = snapshot(optimizer)
-    with pytest.raises(RuntimeError, match=r"GroupEnvelope shares its k over tensors that cannot step together"):
-        train(optimizer, params, 1)
+    with pytest.raises(ValueError, match=r"k is shared over tensors that cannot step together"):
+        train(optimizer, params, 1, begin=2)
+    assert_unchanged(optimizer, before)
+    assert step_counts(optimizer, params) == [2, 2]
+
+
+def test_a_compiled_step_refuses_several_step_counts():
+    if _backend._load("cpu")[0] is None:
+        pytest.skip("no compiled CPU kernels")
+    torch._dynamo.reset()
+    params = model()
+    optimizer = ProxSGD(params, lr=0.1, reg=GroupEnvelope(0.3, 2, scope="all"))
+    step_some(optimizer, params, (0,), seed=0)
+    set_grads(params, 1)
+    before = snapshot(optimizer)
+    with pytest.raises(Exception, match=r"cannot step together.*in a compiled step, in the number of steps taken"):
+        torch.compile(optimizer.step, fullgraph=True, backend="aot_eager")()
     assert_unchanged(optimizer, before)

@@ -204,6 +204,26 @@ def test_distance_certifies_the_prox_and_nothing_else():
     assert reg_distance(GroupEnvelope(1.0, 1), one, torch.tensor([[-2.0, 0.0], [0.0, 2.5]])) == pytest.approx(0.5)
 
 
+def test_no_tensors_have_no_prox():
+    assert [GroupEnvelope(0.7, 2, scope=scope).prox_together([], 1.0) for scope in ("tensor", "all")] == [[], []]
+
+
+def test_a_k_for_all_tensors_beyond_the_groups_of_one_is_weight_decay():
+    """What the functions of one tensor say then, as at k = the number of its groups."""
+    generator = torch.Generator().manual_seed(8)
+    for gone in (0, 1, 3):
+        x, grad = (torch.randn(3, 2, dtype=torch.float64, generator=generator) for _ in range(2))
+        x[:gone] = 0
+        many, three = GroupEnvelope(0.7, 9, weight="sqrt_size", scope="all"), GroupEnvelope(0.7, 3, weight="sqrt_size")
+        assert float(many.value(x)) == pytest.approx(0.35 * math.sqrt(2) * float(x.square().sum()), rel=1e-14)
+        for found, want in (
+            (many.subgradient(x), three.subgradient(x)),
+            (many.subdiff_distance(x, grad), three.subdiff_distance(x, grad)),
+            (many.prox(x, 0.5), three.prox(x, 0.5)),
+        ):
+            assert torch.equal(found, want)
+
+
 def test_no_lam_holds_zero():
     reg = GroupEnvelope(1e6, 1)
     assert reg.lam_max(torch.ones(2, 2)) == math.inf

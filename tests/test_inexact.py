@@ -209,6 +209,27 @@ def test_masks_under_the_nuclear_norm_stay_zero():
         assert torch.equal(tensor != 0, mask)
 
 
+@pytest.mark.parametrize("reg", [Nuclear(0.1), GroupEnvelope(0.2, 3), GroupLasso(0.1)], ids=str)
+def test_a_mask_over_the_whole_tensor_leaves_zero(reg):
+    """Its metric is zero throughout, and 0 / 0 is not what it moves by."""
+    p = torch.nn.Parameter(torch.ones(6, 9))
+    optimizer = RAMDA([p], 0.3, reg, 0.5, solver="pg")
+    optimizer.set_mask(p, torch.zeros(6, 9, dtype=torch.bool))
+    train(optimizer, [p], 2)
+    zero = torch.zeros(6, 9)
+    assert torch.equal(p.detach(), zero)
+    assert torch.equal(proximal_gradient(reg, zero, zero, 0.5, zero, 3, 0.0), zero)
+
+
+def test_a_nan_gradient_fills_a_whole_tensor():
+    p = torch.nn.Parameter(torch.randn(6, 9, generator=torch.Generator().manual_seed(0)))
+    optimizer = RAMDA([p], 0.3, Nuclear(0.1), 0.5, solver="pg")
+    p.grad = torch.ones(6, 9)
+    p.grad[2, 3] = torch.nan
+    optimizer.step()
+    assert bool(optimizer.prox_point(p).isnan().all())
+
+
 # What every optimizer has to do
 
 

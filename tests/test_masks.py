@@ -7,10 +7,10 @@ import math
 import pytest
 import registry
 import torch
-from harness import true_counts
+from harness import same_bits, true_counts
 from small import assert_unchanged, model, snapshot, train
 
-from bregman_cuda import L1, AdaBreg, LinBreg
+from bregman_cuda import L1, AdaBreg, GroupEnvelope, GroupLasso, GroupMCP, LinBreg, Nuclear, ProxSGD
 from bregman_cuda.optim._rule import COUNTERS
 
 # Masks
@@ -93,6 +93,33 @@ def test_a_mask_follows_its_parameter_to_another_memory_format(driver):
     loaded = LinBreg([twin], reg=L1(0.01), fused=driver.fused)
     loaded.load_state_dict(saved)
     assert torch.equal(loaded.get_mask(twin), mask)
+
+
+@pytest.mark.parametrize("reg", [GroupEnvelope(0.3, 3), Nuclear(0.3), GroupMCP(0.3, 2.0), GroupLasso(0.3)], ids=str)
+def test_a_mask_leaves_one_prox_scale_one(reg):
+    """A scale that is a 0-dim tensor is not one per element, which some penalties refuse and others round otherwise."""
+    sides = []
+    for lr in (0.1, torch.tensor(0.1, dtype=torch.float64)):
+        params = model([(6, 5)], torch.float64)
+        optimizer = ProxSGD(params, lr=lr, reg=reg, fused=False, capturable=torch.is_tensor(lr))
+        optimizer.set_mask(params[0], torch.rand(6, 5, generator=torch.Generator().manual_seed(1)) < 0.5)
+        train(optimizer, params, 2)
+        sides.append(params[0].detach())
+    assert same_bits(*sides)
+
+
+def test_the_mask_of_a_number_leaves_the_prox_scale_to_others():
+    """Tensors that share a budget share its 0-dim scale, which has the shape of the first of them."""
+    mask, sides = torch.tensor(False), []
+    for lr in (0.1, torch.tensor(0.1, dtype=torch.float64)):
+        params = model([(), (6, 5)], torch.float64)
+        reg = GroupEnvelope(0.3, 1, (), scope="all")
+        optimizer = ProxSGD(params, lr=lr, reg=reg, fused=False, capturable=torch.is_tensor(lr))
+        optimizer.set_mask(params[0], mask)
+        train(optimizer, params, 2)
+        assert params[0] == 0
+        sides.append(params[1].detach())
+    assert same_bits(*sides)
 
 
 # Counting

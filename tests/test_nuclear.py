@@ -100,3 +100,23 @@ def test_named_cases_of_nuclear():
     assert bool(Nuclear(0.3).prox(x, 0.5).isnan().all())
     assert Nuclear(0.3).prox(torch.ones(0, 3), 0.5).shape == (0, 3)
     assert Nuclear(0.3).lam_max(torch.ones(3, 0)) == 0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_nonfinite_entries_give_nan(dtype, bad):
+    """Where a decomposition would raise."""
+    reg, x, good = Nuclear(0.3), torch.ones(3, 2, 2, dtype=dtype), torch.ones(3, 2, 2, dtype=dtype)
+    x[1, 0, 1] = bad
+    assert bool(reg.value(x).isnan())
+    assert math.isnan(reg.lam_max(x))
+    for found in (reg.prox(x, 0.5), reg.subgradient(x), reg.subdiff_distance(x, good), reg.subdiff_distance(good, x)):
+        assert bool(found.isnan().all())
+    for step in (0.0, torch.zeros((), dtype=dtype)):
+        assert same_bits(reg.prox(x, step), x)
+    assert same_bits(Nuclear(0.0).prox(x, 0.5), x), "lam = 0 is the identity"
+
+
+def test_a_tensor_lam_of_one_element_keeps_the_value_a_number():
+    x = torch.eye(3)
+    assert torch.equal(Nuclear(torch.tensor([0.5])).value(x), torch.tensor(1.5))

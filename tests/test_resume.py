@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import bregman_cuda
-from bregman_cuda import L1, AdaBreg, ElasticNet, GroupLasso, LinBreg, SparseGroupLasso, _backend
+from bregman_cuda import L1, AdaBreg, ElasticNet, GroupLasso, LinBreg, Nuclear, ProxSGD, SparseGroupLasso, _backend
 from bregman_cuda.optim._rule import COUNTERS
 
 SHAPES = [(6, 5), (4, 3, 3, 3), (7,)]
@@ -156,6 +156,16 @@ def test_groups_that_share_a_regularizer_here_but_not_in_the_checkpoint():
     optimizer.load_state_dict(saved)
     assert [group["reg"].lam for group in optimizer.param_groups] == [0.1, 0.2]
     assert optimizer.param_groups[0]["reg"] is held
+
+
+def test_a_held_regularizer_from_before_it_had_a_field_takes_it():
+    """One that was pickled by an earlier version has the class's default in its place."""
+    held = Nuclear(0.1)
+    del vars(held)["every"]
+    optimizer = ProxSGD(model(shapes=[(6, 5)]), reg=held)
+    optimizer.load_state_dict(ProxSGD(model(shapes=[(6, 5)]), reg=Nuclear(0.2, every=3)).state_dict())
+    assert optimizer.param_groups[0]["reg"] is held
+    assert held == Nuclear(0.2, every=3)
 
 
 def test_hooks_see_and_may_change_what_is_loaded():

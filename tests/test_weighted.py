@@ -10,7 +10,17 @@ import pytest
 import registry
 import torch
 
-from bregman_cuda import L1, RAMDA, GroupLasso, ProxAdam, SparseGroupLasso
+from bregman_cuda import (
+    L1,
+    RAMDA,
+    GroupEnvelope,
+    GroupLasso,
+    GroupLHalf,
+    Nuclear,
+    ProxAdam,
+    ProxSGD,
+    SparseGroupLasso,
+)
 from bregman_cuda.regularizers._base import Grouped, Separable
 
 
@@ -113,6 +123,32 @@ class GroupCapped(Grouped):
         return Capped()
 
 
+@pytest.mark.parametrize(
+    ("reg", "shape"),
+    [
+        (GroupEnvelope(0.3, 1, ()), ()),
+        (GroupEnvelope(0.3, 1), (1, 1, 1)),
+        (Nuclear(0.3), (1, 1, 1)),
+        (GroupLHalf(0.3, ()), ()),
+        (GroupLHalf(0.3), (1, 1)),
+    ],
+    ids=str,
+)
+def test_a_single_element_has_a_single_step_size(reg, shape):
+    """Also where the prox with several is not known: a step size of x's shape may be the only one."""
+    x, step = torch.full(shape, 2.0), torch.full(shape, 0.5)
+    assert torch.equal(reg.prox(x, step), reg.prox(x, 0.5))
+    assert 0 < float(reg.prox(x, step)) < 2
+
+
+def test_a_number_under_a_tensor_step_size_is_trained():
+    p = torch.nn.Parameter(torch.tensor(2.0))
+    p.grad = torch.zeros(())
+    reg = GroupEnvelope(0.5, 1, ())
+    ProxSGD([p], lr=torch.tensor(2.0), reg=reg, capturable=True, fused=False).step()
+    assert p == 1
+
+
 def test_a_penalty_without_a_weighted_prox_is_refused_by_name():
     wanted = "GroupCapped has no known prox: Capped on group norms has no slope"
     x = torch.ones(2, 3)
@@ -143,3 +179,18 @@ def test_a_mask_hides_infinite_step_sizes(driver, optimizer_class, reg):
     optimizer.step()
     assert bool(p.isfinite().all())
     assert bool(optimizer.prox_point(p).isfinite().all())
+
+
+@pytest.mark.parametrize("optimizer_class", [ProxAdam, RAMDA])
+def test_a_mask_hides_a_nan_gradient_from_the_rest_of_its_group(driver, optimizer_class):
+    sides = []
+    for hidden in (1.0, math.nan):
+        p = torch.nn.Parameter(torch.randn(3, 8, generator=torch.Generator().manual_seed(0)))
+        optimizer = optimizer_class([p], lr=0.1, reg=GroupLasso(0.01), fused=driver.fused)
+        optimizer.set_mask(p, torch.arange(24).view(3, 8) % 5 > 0)
+        p.grad = torch.ones(3, 8)
+        p.grad[~optimizer.get_mask(p)] = hidden
+        optimizer.step()
+        sides.append(p.detach())
+    assert bool((sides[0] != 0).any())
+    assert torch.equal(*sides)

@@ -39,11 +39,10 @@ def proximal_gradient(
         return reg.prox(z, torch.where(metric > 0, 1 / metric, 0) * alpha)
     reduced = [d for d in range(z.ndim) if d not in (dims or ())]
     largest = metric.amax(reduced, keepdim=True) if reduced else metric
+    largest = torch.where(largest == 0, 1, largest)  # masked throughout: any weight holds it at zero
     metric = torch.where(metric > 0, metric, largest)  # masked entries: of the whole tensor they would be free
-    # A metric of zero throughout is a mask's: nothing moves.
-    inverse = torch.where(largest > 0, 1 / largest, 0)
-    step = inverse.reshape(()) if reg.whole else inverse
-    pull, share = metric * z, torch.where(largest > 0, metric / largest, 0)
+    step = (1 / largest).reshape(()) if reg.whole else 1 / largest
+    pull, share = metric * z, metric / largest
     gone = torch.zeros_like(z, dtype=torch.bool)
     if not reg.whole:
         gone = (reg.subdiff_distance(torch.zeros_like(z), -pull / alpha) <= 0).expand_as(z)

@@ -46,7 +46,7 @@ class Amp:
 class Bucket:
     """Parameters of one device, dtype and step count (and of the same value of the rule's other counters).
 
-    Those that share a prox are in one bucket whatever their step counts: a rule that serves them does not look at it.
+    Those that share a prox are in one bucket whatever their step counts, which the rules that serve them do not read.
 
     A bucket is `live` where the scalars of its steps are device memory that kernels read: under `capturable`, and
     from the first overflow flag on that lies on a device. Nothing is read back then.
@@ -138,12 +138,7 @@ class ReferenceBucket(Bucket):
             *(local(s[slot]) for s in self.states for slot in slots_of(self.rule, self.params[0])),
         ]
         before = [tensor.detach().clone() for tensor in changing] if torch.is_tensor(skip) else []
-        try:
-            self._run(group, grads, h, factor)
-        except Exception:  # of a decomposition: the step may be one that is skipped
-            for tensor, old in zip(changing, before):
-                tensor.copy_(old)
-            raise
+        self._run(group, grads, h, factor)
         for tensor, old in zip(changing, before):
             tensor.copy_(torch.where(skip != 0, old, tensor))
         self._count(group)

@@ -74,7 +74,7 @@ def why_refused(param: Any, reg: Any, rule: Rule, capturable: bool) -> str:
         return "its ranks hold summands (a Partial placement), not parts"
     if reg is not None and reg.whole:
         return f"{type(reg).__name__} cannot regularize a sharded parameter: {reg.whole}"
-    if (rule.metric or rule.half_space or rule.plain) and cut_along(param, reg):
+    if rule.per_element and cut_along(param, reg):
         return (
             f"its shards cut its groups, and {rule.name} needs more of them than their norms: such a group must "
             "be on one rank; choose groups along the sharded dim, or an elementwise regularizer"

@@ -35,7 +35,8 @@ class GroupEnvelope(Grouped):
         weight: d_G. "none" (1), "sqrt_size" (as w_G in `GroupLasso`), or a tuple of numbers > 0, one per group in
             index order (in plain torch; copied to the device each time).
         scope: "tensor", each tensor has a k of its own, or "all": the tensors of a parameter group that take a step
-            share k. `ProxSGD` serves that; the functions of one tensor count that tensor alone, see `prox_together`.
+            share k, and have one dtype and device. `ProxSGD` serves that; the functions of one tensor count that
+            tensor alone, see `prox_together`.
 
     Raises:
         ValueError, TypeError: a value out of its range; by `groups_of`, and so when an optimizer is made: fewer than
@@ -128,7 +129,8 @@ class GroupEnvelope(Grouped):
         for x in points:
             norms.append(self.group_norms(x.double()))
             scale = torch.as_tensor(step, dtype=torch.float64, device=x.device) * self.lam
-            decays.append((scale * self._weights(x)).expand_as(norms[-1]) if x.numel() else norms[-1])
+            decay = (scale * self._weights(x)).clamp_max(_INFINITE)
+            decays.append(decay.expand_as(norms[-1]) if x.numel() else norms[-1])
         norm, decay = (torch.cat([x.flatten() for x in several]) for several in (norms, decays))
         share = _shares(_finite(norm), decay, self.k) if len(norm) else norm
         factor = torch.where(decay == 0, torch.ones_like(share), share / (share + decay))

@@ -71,7 +71,7 @@ class Nuclear(Regularizer):
             return x.new_zeros(())
         matrix, finite = self._finite_matrix(x)
         values = torch.linalg.svdvals(matrix)
-        total = self.lam * torch.where(values > 0, values, torch.zeros_like(values)).sum()
+        total = (self.lam * torch.where(values > 0, values, torch.zeros_like(values))).sum()
         return torch.where(finite, total, torch.nan).to(x.dtype)
 
     def prox(self, x: Tensor, step: Step) -> Tensor:
@@ -102,13 +102,16 @@ class Nuclear(Regularizer):
         target = -self._matrix(grad)
         beyond = target - left @ (left.mT @ target)
         beyond = beyond - (beyond @ right.mT) @ right
-        excess = (torch.linalg.svdvals(beyond) - self.lam).clamp_min(0)
+        excess = (torch.linalg.svdvals(self._finite_matrix(beyond)[0]) - self.lam).clamp_min(0)
         inside = target - beyond - self.lam * left @ right
         return (inside.square().sum() + excess.square().sum()).sqrt().to(grad.dtype).view([1] * x.ndim)
 
     def lam_max(self, grad: Tensor) -> float:
         """The largest singular value of grad."""
-        return float(torch.linalg.matrix_norm(self._matrix(grad), 2)) if grad.numel() else 0.0
+        if not grad.numel():
+            return 0.0
+        matrix, finite = self._finite_matrix(grad)
+        return float(torch.where(finite, torch.linalg.matrix_norm(matrix, 2), torch.nan))
 
     def rank(self, x: Tensor) -> int:
         """How many singular values are above the rounding of the largest; synchronises with the device."""
@@ -120,7 +123,7 @@ class Nuclear(Regularizer):
         return wide.reshape(x.shape[0], -1) if x.numel() else wide
 
     def _finite_matrix(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The matrix, or zeros where it has a NaN or an infinity, which a decomposition refuses; and whether it has none."""
+        """The matrix and whether it is finite; if not, zeros in its place, as decompositions refuse it."""
         matrix = self._matrix(x)
         finite = torch.isfinite(matrix).all()
         return torch.where(finite, matrix, 0), finite
