@@ -90,6 +90,8 @@ class SparseOptimizer(torch.optim.Optimizer):
         check_lr(owner, group["lr"], group["capturable"])
         if reg is not None and not isinstance(reg, Regularizer):
             raise TypeError(f"{owner}: reg must be None or a regularizer such as bregman_cuda.L1(lam=0.1), got {reg!r}")
+        if reg is not None:
+            reg.check_tensors()
         if reg is not None and -1 in reg.budgets(2) and not self.joint:
             raise ValueError(
                 f"{owner}: reg must have one k per tensor (scope='tensor') here; ProxSGD shares it, got {reg!r}"
