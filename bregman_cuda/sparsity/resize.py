@@ -204,7 +204,7 @@ def grow_layer(
         raise ValueError(f"grow_layer: the consumer has {reads} inputs, the layer {outputs} outputs")
     if norm is not None and (not isinstance(norm, _NormBase) or norm.num_features != outputs):
         raise TypeError(f"grow_layer: norm must be a batch or instance norm of {outputs} channels, got {norm}")
-    changing = {f"layer.{name}": p for name, p in layer.named_parameters(recurse=False)}
+    changing: dict[str, Tensor] = {f"layer.{name}": p for name, p in layer.named_parameters(recurse=False)}
     changing["consumer.weight"] = consumer.weight
     changing |= {} if norm is None else {f"norm.{name}": p for name, p in norm.named_parameters(recurse=False)}
     held = {p for group in optimizer.param_groups for p in group["params"]}
