@@ -14,6 +14,7 @@ from .optim import ProxSGD as ProxSGD
 from .optim import Restarts as Restarts
 from .optim import SparseOptimizer as SparseOptimizer
 from .optim import SplitLBI as SplitLBI
+from .optim import stable_rate as stable_rate
 from .regularizers import L0 as L0
 from .regularizers import L1 as L1
 from .regularizers import MCP as MCP

@@ -11,14 +11,18 @@ from small import assert_unchanged, model, set_grads, snapshot, train
 
 from bregman_cuda import (
     L1,
+    MCP,
     RAMDA,
     RMDA,
     AdaBreg,
     AveragedProxSGD,
+    GroupEnvelope,
     GroupLasso,
     LinBreg,
     ProxAdam,
     ProxSGD,
+    SparseGroupLasso,
+    SplitLBI,
     _backend,
 )
 from bregman_cuda.regularizers import Separable
@@ -36,6 +40,8 @@ BAD_OPTIONS = [
     (LinBreg, {"delta": 0.0}, ValueError, r"delta must be > 0, got 0.0"),
     (LinBreg, {"delta": -1.0}, ValueError, r"delta must be .*got -1"),
     (AdaBreg, {"delta": math.nan}, ValueError, r"AdaBreg: delta must be .*got nan"),
+    (LinBreg, {"delta": torch.tensor(-1.0)}, ValueError, r"delta must be .*got -1"),
+    (LinBreg, {"delta": torch.ones((), device="meta")}, ValueError, r"delta must be .* on the CPU, got one on meta"),
     (LinBreg, {"momentum": 1.0}, ValueError, r"momentum must be < 1, got 1.0"),
     (LinBreg, {"momentum": -0.5}, ValueError, r"momentum must be .*got -0.5"),
     (ProxSGD, {"momentum": math.nan}, ValueError, r"ProxSGD: momentum must be .*got nan"),
@@ -50,6 +56,7 @@ BAD_OPTIONS = [
     (ProxAdam, {"bias_correction": "adam"}, ValueError, r"must be one of 'consistent', 'proxgen', .*got 'adam'"),
     (RMDA, {"momentum": 0.0}, ValueError, r"RMDA: momentum must be > 0, got 0.0"),
     (RMDA, {"momentum": 1.5}, ValueError, r"RMDA: momentum must be .*between 0 and 1, got 1.5"),
+    (RMDA, {"momentum": torch.tensor(5.0)}, ValueError, r"RMDA: momentum must be .*between 0 and 1, got 5.0"),
     (RMDA, {"lr": -0.1}, ValueError, r"RMDA: lr must be .*got -0.1"),
     (RAMDA, {"momentum": math.nan}, ValueError, r"RAMDA: momentum must be .*got nan"),
     (RAMDA, {"eps": -1.0}, ValueError, r"RAMDA: eps must be .*got -1.0"),
@@ -63,6 +70,8 @@ BAD_OPTIONS = [
     (AveragedProxSGD, {"beta": 1.0}, ValueError, r"AveragedProxSGD: beta must be < 1, got 1.0"),
     (AveragedProxSGD, {"powers": 0.5}, ValueError, r"AveragedProxSGD: powers must be a pair, got 0.5"),
     (AveragedProxSGD, {"powers": (0.5, -1.0)}, ValueError, r"AveragedProxSGD: powers\[1\] must be .*got -1.0"),
+    (SplitLBI, {"mu": torch.tensor(-1.0)}, ValueError, r"SplitLBI: mu must be finite and > 0, got -1.0"),
+    (SplitLBI, {"kappa": torch.tensor(0.0)}, ValueError, r"SplitLBI: kappa must be finite and > 0, got 0.0"),
     (LinBreg, {"reg": "l1"}, TypeError, r"reg must be None or a regularizer such as bregman_cuda.L1.*got 'l1'"),
     (LinBreg, {"reg": L1}, TypeError, r"reg must be None or a regularizer"),
     (LinBreg, {"fused": "yes"}, ValueError, r"fused must be True, False or None, got 'yes'"),
@@ -104,12 +113,57 @@ def test_bad_options_set_between_steps_are_refused_before_anything_changes(drive
     assert_unchanged(made, before)
 
 
+BAD_LAMS = [math.nan, -1.0, math.inf]
+
+
+@pytest.mark.parametrize("bad", BAD_LAMS)
+def test_a_tensor_on_the_cpu_is_read_like_a_number(bad):
+    for make in (L1, GroupLasso, lambda lam: MCP(1.0, lam)):
+        with pytest.raises(ValueError, match=rf"must be finite and >=? 0, got {bad}"):
+            make(torch.tensor(bad))
+    with pytest.raises(ValueError, match=r"MCP: gamma must be a number or a tensor on the CPU, got one on meta"):
+        MCP(1.0, torch.ones((), device="meta"))
+    assert L1(torch.ones((), device="meta")).lam.device.type == "meta"  # reading it would synchronise
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("bad", BAD_LAMS)
+@pytest.mark.parametrize("make", [L1, GroupLasso, SparseGroupLasso, lambda lam: GroupEnvelope(lam, 2)])
+def test_a_lam_that_changes_in_place_is_refused_before_anything_changes(driver, make, bad, capturable):
+    params, lam = model(), torch.tensor(0.1)
+    groups = [{"params": params[:1]}, {"params": params[1:], "reg": make(lam)}]
+    optimizer = ProxSGD(groups, lr=0.1, capturable=capturable, fused=driver.fused)
+    train(optimizer, params, 2)
+    lam.fill_(bad)
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=rf"lam must be finite and >= 0, got {bad}"):
+        train(optimizer, params, 1)
+    assert_unchanged(optimizer, before)
+    lam.fill_(0.1)
+    train(optimizer, params, 1)
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("make", [LinBreg, AdaBreg, ProxSGD, ProxAdam, RMDA, SplitLBI])
+def test_a_lam_that_is_nan_where_nobody_reads_it_makes_nan_and_no_zeros(driver, make, capturable, monkeypatch):
+    """As on a device: L1's clamp compares with it, and x - x is 0."""
+    assert L1(torch.ones((), device="meta")).nan_or_one().dtype == torch.float64
+    params = model()
+    optimizer = make(params, lr=0.1, reg=L1(0.1), capturable=capturable, fused=driver.fused)
+    train(optimizer, params, 1)
+    assert not any(bool(p.isnan().any()) for p in params)
+    monkeypatch.setattr(L1, "nan_or_one", lambda self: torch.tensor(math.nan, dtype=torch.float64))
+    train(optimizer, params, 1)
+    assert all(bool(p.isnan().all()) for p in params)
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, torch.bool, torch.float8_e4m3fn], ids=str)
 def test_parameters_that_cannot_be_trained_are_refused(dtype):
     bad = torch.ones(2).to(dtype)
     if dtype == torch.complex64:
         bad.requires_grad_()
-    with pytest.raises(TypeError, match=rf"LinBreg: parameter 'scale' has (unsupported )?dtype {dtype}"):
+    remedy = "; train it in float32" if dtype == torch.float8_e4m3fn else "; only real floating-point"
+    with pytest.raises(TypeError, match=rf"LinBreg: parameter 'scale' has (unsupported )?dtype {dtype}{remedy}"):
         LinBreg([("ok", torch.ones(1)), ("scale", bad)])
 
 

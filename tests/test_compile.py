@@ -139,6 +139,19 @@ def test_a_tensor_lr_changes_without_recompilation():
     assert graphs() == before + 1
 
 
+def test_a_tensor_lam_changes_without_recompilation_and_its_nan_makes_no_zeros():
+    p, lam = nn.Parameter(torch.ones(4)), torch.tensor(0.5)
+    optimizer = ProxSGD([p], lr=torch.tensor(1.0), reg=L1(lam))
+    step = torch.compile(optimizer.step, fullgraph=True, backend="aot_eager")
+    before = graphs()
+    for value, wanted in ((0.5, 0.5), (0.25, 0.25), (torch.nan, torch.nan)):
+        lam.fill_(value)
+        p.grad = torch.zeros(4)
+        step()
+        assert same_bits(p.detach(), torch.full((4,), wanted))
+    assert graphs() == before + 1
+
+
 def test_what_cannot_be_compiled_says_so():
     p = nn.Parameter(torch.ones(4))
     optimizer = LinBreg([p])

@@ -89,9 +89,10 @@ def test_any_group_regularizer_through_the_reference():
 
 def test_keep_top_ends_with_k_groups_for_good(driver):
     p = nn.Parameter(torch.tensor([[1.0, 1.0], [3.0, 0.0], [0.0, 0.0], [0.0, 2.0]]))
-    optimizer = HSPG([p], 0.1, GroupLasso(0.01), fused=driver.fused)
+    optimizer = HSPG([("w", p)], 0.1, GroupLasso(0.01), fused=driver.fused)
     for bad in (0, 5, 1.5, True):
-        with pytest.raises(ValueError, match=f"k must be between 1 and the number of groups, 4, got {bad!r}"):
+        wanted = rf"k must be between 1 and the number of groups, 4, got {bad!r} \(parameter 'w'\)"
+        with pytest.raises(ValueError, match=wanted):
             optimizer.keep_top(bad)
     optimizer.keep_top(2)
     for _ in range(3):

@@ -65,12 +65,14 @@ def test_a_mask_beats_a_nan_gradient(driver):
 
 def test_bad_masks_are_refused(driver):
     p, other = torch.nn.Parameter(torch.ones(2, 3)), torch.nn.Parameter(torch.ones(1))
-    optimizer = LinBreg([p], fused=driver.fused)
+    optimizer = LinBreg([("w", p)], fused=driver.fused)
     before = snapshot(optimizer)
-    with pytest.raises(ValueError, match=r"the mask has shape \(3, 2\), the parameter \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"the mask of parameter 'w' has shape \(3, 2\), the parameter \(2, 3\)"):
         optimizer.set_mask(p, torch.ones(3, 2, dtype=torch.bool))
-    with pytest.raises(TypeError, match=r"must have dtype torch.bool, got torch.float32"):
-        optimizer.set_mask(p, torch.ones(2, 3))
+    for bad, got in ((torch.ones(2, 3), r"torch\.float32"), ([True] * 3, "list"), (True, "bool")):
+        wanted = rf"set_mask: the mask of parameter 'w' must be a tensor of dtype torch\.bool, got {got}"
+        with pytest.raises(TypeError, match=wanted):
+            optimizer.set_mask(p, bad)
     with pytest.raises(KeyError, match="not a parameter of this optimizer"):
         optimizer.set_mask(other, None)
     assert_unchanged(optimizer, before)

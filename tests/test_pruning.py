@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from bregman_cuda import (
     ActivationPath,
     SplitLBI,
     masked,
+    param_groups,
     prune_by_order,
 )
 
@@ -99,6 +101,21 @@ def test_single_weights_of_a_convolution_and_rows_of_a_linear_layer():
     masks = prune_by_order(path, 30, "fc.weight", unit="filter", biases=True)
     assert torch.equal(masks["fc.weight"].any(1), masks["fc.bias"])
     assert int(masks["fc.bias"].sum()) == 7
+
+
+def test_biases_that_stay_are_warned_of():
+    """Linear layers are pruned by single weights unless the caller says otherwise."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    path = ActivationPath(model, SplitLBI(param_groups(model, L1(1.0))))
+    with pytest.warns(UserWarning, match=r"biases=True prunes no bias, .* pass unit='filter'") as seen:
+        assert {*prune_by_order(path, 50, biases=True)} == {"0.weight", "2.weight"}
+    assert seen[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert int((~prune_by_order(path, 50, unit="filter", biases=True)["0.bias"]).sum()) == 3
+        prune_by_order(path, 50)
+        prune_by_order(recorded()[2], 50, biases=True)  # convolutions and a Linear layer
 
 
 def test_what_is_pruned_stays_pruned_under_a_mask():

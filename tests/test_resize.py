@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from harness import same_bits
@@ -161,6 +163,7 @@ def _arguments(layer):
 def test_what_growing_refuses():
     model, optimizer, _ = recorded()
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    lost = "the optimizer does not hold {} of shape .*; pass the optimizer that does, or freeze it"
     for arguments, options, error, message in [
         ((model.a, model.aa, 0), {}, ValueError, "n must be an integer >= 1, got 0"),
         ((model.a, model.aa, 2), {"outgoing": "ones"}, ValueError, "outgoing must be 'zero' or 'random', got 'ones'"),
@@ -169,7 +172,20 @@ def test_what_growing_refuses():
         ((nn.Conv2d(4, 4, 1, groups=2), model.aa, 2), {}, TypeError, "without groups"),
         ((model.a, model.aa, 2), {"norm": nn.BatchNorm2d(5)}, TypeError, "norm of 6 channels, got BatchNorm2d"),
         ((model.a, model.aa, 2), {"norm": nn.GroupNorm(2, 6)}, TypeError, "norm of 6 channels, got GroupNorm"),
+        ((model.a, model.aa, 2), {"threshold": math.nan}, ValueError, "threshold must be .*between 0 and 1, got nan"),
+        ((model.a, model.aa, 2), {"threshold": -1}, ValueError, "threshold must be .*between 0 and 1, got -1"),
+        ((model.a, model.aa, 2), {"threshold": 80}, ValueError, "threshold must be .*between 0 and 1, got 80"),
+        ((model.a, model.aa, 2), {"threshold": "x"}, TypeError, "grow_layer: threshold must be a number, got 'x'"),
+        ((nn.Conv2d(1, 6, 3), model.aa, 2), {}, ValueError, lost.format("layer.weight")),
+        ((model.a, nn.Conv2d(6, 5, 3), 2), {}, ValueError, lost.format("consumer.weight")),
+        ((model.a, model.aa, 2), {"norm": nn.BatchNorm2d(6)}, ValueError, lost.format("norm.weight")),
     ]:
         with pytest.raises(error, match=message):
             grow_layer(optimizer, *arguments, **options)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match=r"active filters is that of SplitLBI's twin, got SGD; .* with threshold=0"):
+        grow_layer(sgd, model.a, model.aa, 2, norm=model.norm, threshold=0.5)
     assert all(same_bits(value, before[name]) for name, value in model.state_dict().items())
+    model.a.bias.requires_grad_(False)  # a frozen parameter needs no optimizer
+    some = torch.optim.SGD([p for p in model.parameters() if p is not model.a.bias], lr=0.1)
+    assert grow_layer(some, model.a, model.aa, 2, norm=model.norm) == 2

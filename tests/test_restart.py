@@ -89,6 +89,9 @@ def test_vectors_and_scalars_start_anew(options):
 def test_a_restart_that_is_refused_changes_nothing():
     model, _, path = biases_with_twins()
     before = model[0].weight.detach().clone()
+    for bad in (math.nan, -0.1, 80):
+        with pytest.raises(ValueError, match=f"reinitialize_filters: threshold must be .*between 0 and 1, got {bad}"):
+            reinitialize_filters(path, 50, threshold=bad)
     model[2].weight.data.fill_(math.nan)  # has no singular values
     with pytest.raises(RuntimeError):
         reinitialize_filters(path, 50, ["0.weight", "2.weight"], orthogonal=True)

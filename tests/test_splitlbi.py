@@ -7,10 +7,12 @@ import warnings
 
 import numpy as np
 import pytest
+import small
 import torch
 from harness import same_bits
 from small import model, train
 
+import bregman_cuda
 from bregman_cuda import L1, GroupLasso, SparseGroupLasso, SplitLBI
 from bregman_cuda.optim.splitlbi import stable_rate
 
@@ -205,6 +207,39 @@ def test_a_rate_beyond_the_bound_is_warned_of():
         SplitLBI(params, lr=0.19, kappa=10.0, reg=L1(1.0), mu=20.0, curvature=1.0)
         SplitLBI(params, lr=0.2, kappa=10.0, mu=20.0, curvature=1.0)  # no twin
         SplitLBI(params, lr=0.2, kappa=10.0, reg=L1(1.0), mu=20.0)
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+def test_a_rate_that_gets_beyond_the_bound_is_warned_of_once(tensor):
+    """By a new group, and by an lr that changed; the warning points here."""
+    options = dict(lr=0.19, kappa=10.0, reg=L1(1.0), mu=20.0, curvature=1.0)
+    as_lr = torch.tensor if tensor else float
+    params = model()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        optimizer = SplitLBI(params[:1], **{**options, "lr": as_lr(0.19)})
+        train(optimizer, params[:1], 2)
+        assert not seen
+        optimizer.add_param_group({"params": params[1:], "lr": as_lr(0.25)})
+        train(optimizer, params, 2)
+        assert ["kappa * lr = 2.5 is" in str(one.message) for one in seen] == [True]
+        for lr in (0.21, 0.22, 0.1, 0.3):
+            optimizer.param_groups[0]["lr"] = as_lr(lr)
+            train(optimizer, params, 2)
+        assert [f"kappa * lr = {rate} is" in str(one.message) for rate, one in zip((2.5, 2.1, 3), seen)] == [True] * 3
+        assert len(seen) == 3
+        SplitLBI(params, **{**options, "lr": as_lr(0.2)})
+        optimizer.load_state_dict(optimizer.state_dict())
+        assert len(seen) == 4
+    assert [one.filename for one in seen] == [__file__, small.__file__, small.__file__, __file__]
+
+
+def test_an_lr_that_nobody_reads_is_not_warned_of():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SplitLBI(model(), torch.full((), 0.5, device="meta"), L1(1.0), 10.0, 20.0, curvature=1.0)
+        SplitLBI(model(), torch.tensor(0.5), L1(1.0), 10.0, 20.0, curvature=1.0, capturable=True)
+    assert bregman_cuda.stable_rate is stable_rate
 
 
 # Recovery

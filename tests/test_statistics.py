@@ -98,10 +98,16 @@ def test_what_statistics_refuse(tmp_path, monkeypatch):
     for options, message in [
         ({"every": 0}, "every must be an integer >= 1, got 0"),
         ({"layers": ["b.weight"]}, "no parameter 'b.weight'"),
-        ({"quantities": ["dual"]}, "quantity 'dual' is unknown"),
+        ({"quantities": ["dual"]}, "quantity 'dual' is unknown; use 'weight' or 'gradient'"),
+        ({"quantities": "dual"}, "quantity 'dual' is unknown"),
     ]:
         with pytest.raises(ValueError, match=message):
             StatisticsRecorder(model, tmp_path, **options)
+    recorder = StatisticsRecorder(model, tmp_path, every=2, quantities="weight")
+    assert recorder.quantities == ("weight",)
+    for step in (1.5, 2.0, "x", -2, True):
+        with pytest.raises(ValueError, match=f"StatisticsRecorder: step must be an integer >= 0, got {step!r}"):
+            recorder.update(step)
     with pytest.raises(FileNotFoundError, match="has no statistics"):
         read_statistics(tmp_path)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -147,6 +147,10 @@ def test_rewinding_an_optimizer_drops_its_state():
 
 def test_what_tickets_refuse():
     model, _, tickets, _ = with_ticket()
+    for epoch in (-1.5, 2.0, "last", -1, True):
+        with pytest.raises(ValueError, match=f"TicketRecorder: epoch must be an integer >= 0, got {epoch!r}"):
+            tickets.update(epoch)
+    assert tickets.epochs == [0, 1, 2, 3]
     ticket = tickets.ticket(1)
     with pytest.raises(ValueError, match="is in only one of model and ticket"):
         rewind(nn.Linear(2, 2), ticket)

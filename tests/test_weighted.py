@@ -16,6 +16,7 @@ from bregman_cuda import (
     GroupEnvelope,
     GroupLasso,
     GroupLHalf,
+    GroupMCP,
     Nuclear,
     ProxAdam,
     ProxSGD,
@@ -71,6 +72,20 @@ def test_equal_step_sizes_give_the_usual_prox(name):
         if step * reg.radial.line()[1] * reg.group_weight(x.shape) >= 1:
             continue  # MCP beyond gamma: the group problem is not convex
         torch.testing.assert_close(reg.prox(x, torch.full_like(x, step)), reg.prox(x, step), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(("longest", "exact"), [(0.5, True), (127 / 128, True), (1.5, False)])
+def test_group_mcp_is_a_prox_in_a_metric_up_to_gamma(longest, exact):
+    """What the docstring of GroupMCP promises, and what it does not."""
+    rng = np.random.default_rng(11)
+    worst, reg = 0.0, GroupMCP(1.0, 2.0, "out", "sqrt_size")
+    for _ in range(300):
+        s = torch.tensor(rng.uniform(0, 1, (1, 9)) * longest * reg.gamma / 3)
+        s[0, 0] = longest * reg.gamma / 3
+        x = torch.tensor(rng.standard_normal((1, 9)) * rng.uniform(0, 4))
+        z = reg.prox(x, s)
+        worst = max(worst, float(reg.subdiff_distance(z, (z - x) / s)))
+    assert worst <= 1e-13 if exact else worst > 1e-2
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.9])

@@ -10,5 +10,6 @@ from .proxsgd import ProxSGD as ProxSGD
 from .rmda import RAMDA as RAMDA
 from .rmda import RMDA as RMDA
 from .splitlbi import SplitLBI as SplitLBI
+from .splitlbi import stable_rate as stable_rate
 from .stages import MomentumGrowth as MomentumGrowth
 from .stages import Restarts as Restarts

@@ -90,6 +90,8 @@ class SparseOptimizer(torch.optim.Optimizer):
         check_lr(owner, group["lr"], group["capturable"])
         if reg is not None and not isinstance(reg, Regularizer):
             raise TypeError(f"{owner}: reg must be None or a regularizer such as bregman_cuda.L1(lam=0.1), got {reg!r}")
+        if reg is not None:
+            reg.check_tensors()
         if reg is not None and -1 in reg.budgets(2) and not self.joint:
             raise ValueError(
                 f"{owner}: reg must have one k per tensor (scope='tensor') here; ProxSGD shares it, got {reg!r}"
@@ -118,7 +120,10 @@ class SparseOptimizer(torch.optim.Optimizer):
                     "only real floating-point parameters can be trained"
                 )
             if param.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-                raise TypeError(f"{owner}: {self._describe(group, index)} has unsupported dtype {param.dtype}")
+                raise TypeError(
+                    f"{owner}: {self._describe(group, index)} has unsupported dtype {param.dtype}; "
+                    "train it in float32, float64, bfloat16 or float16"
+                )
             if reg is not None:
                 try:
                     reg.groups_of(param.shape)
@@ -138,6 +143,14 @@ class SparseOptimizer(torch.optim.Optimizer):
         if names:
             return f"parameter {names[index]!r}"
         return f"parameter {index} of shape {tuple(group['params'][index].shape)}"
+
+    def _describe_param(self, param: Tensor) -> str:
+        """`_describe` of one of this optimizer's parameters; empty for any other."""
+        for group in self.param_groups:
+            for index, known in enumerate(group["params"]):
+                if known is param:
+                    return self._describe(group, index)
+        return ""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -328,20 +341,22 @@ class SparseOptimizer(torch.optim.Optimizer):
 
         Raises:
             KeyError: not a parameter of this optimizer.
-            TypeError, ValueError: not bool, or another shape or sharding.
+            TypeError, ValueError: no bool tensor, or another shape or sharding; nothing was changed.
         """
-        if not any(param is p for group in self.param_groups for p in group["params"]):
+        described = self._describe_param(param)
+        if not described:
             raise KeyError("set_mask: not a parameter of this optimizer")
+        if mask is not None:
+            if not torch.is_tensor(mask) or mask.dtype != torch.bool:
+                got = mask.dtype if torch.is_tensor(mask) else type(mask).__name__
+                raise TypeError(f"set_mask: the mask of {described} must be a tensor of dtype torch.bool, got {got}")
+            if mask.shape != param.shape:
+                shapes = f"{tuple(mask.shape)}, the parameter {tuple(param.shape)}"
+                raise ValueError(f"set_mask: the mask of {described} has shape {shapes}")
         state = self.state[param]
         if mask is None:
             state.pop("mask", None)
         else:
-            if mask.dtype != torch.bool:
-                raise TypeError(f"set_mask: the mask must have dtype torch.bool, got {mask.dtype}")
-            if mask.shape != param.shape:
-                raise ValueError(
-                    f"set_mask: the mask has shape {tuple(mask.shape)}, the parameter {tuple(param.shape)}"
-                )
             mask = mask_as(param, mask)
             state["mask"] = mask if is_sharded(param) else _masks.pack(mask)
             for tensor in (param, *(t for key, t in state.items() if key not in (*COUNTERS, "mask"))):

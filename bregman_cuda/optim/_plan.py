@@ -81,10 +81,11 @@ class Bucket:
         if not self.live and amp.found_inf is not None and amp.found_inf.device.type != "cpu":
             self.live, self.tensors = True, [tensor.to(self.params[0].device) for tensor in self.tensors]
             self._share()
+        known = 1.0 if group["reg"] is None else group["reg"].nan_or_one()
         if self.live:
             factor, skip = amp.on_device(self.params[0].device)
             after = self._next(group, *self.tensors)
-            self.run_live(group, grads, self.rule.hyper(group, *after), factor, skip)
+            self.run_live(group, grads, self.rule.hyper(group, *after), factor * known, skip)
             for tensor, value in zip(self.tensors, after):
                 tensor.copy_(torch.where(skip != 0, tensor, value) if torch.is_tensor(skip) else value)
             for offset, tensor in self.late:
@@ -93,7 +94,7 @@ class Bucket:
         factor, skip = amp.on_host()
         if not skip:
             after = tuple(map(float, self._next(group, self.step, *self.counters)))
-            self.run_host(group, grads, self.rule.hyper(group, *after), factor)
+            self.run_host(group, grads, self.rule.hyper(group, *after), factor * known)
             self.step, *self.counters = after
             for tensor, value in zip(self.tensors, after):
                 tensor.fill_(value)

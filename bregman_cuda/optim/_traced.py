@@ -126,7 +126,8 @@ def _step(
     grown = zip(counters, rule.increments(group, step.double()))
     counters = [counter.add_(more) for counter, more in grown]  # used below, or the graph would drop the addition
     h = rule.hyper(group, step.double(), *[counter.double() for counter in counters])
-    values = _backend.step_scalars(reg, h, -1.0 if group["maximize"] else 1.0)
+    factor = (-1.0 if group["maximize"] else 1.0) * (1.0 if reg is None else reg.nan_or_one())
+    values = _backend.step_scalars(reg, h, factor)
     none = torch.empty(0, dtype=torch.uint8, device=params[0].device)
     fused_step_(
         params,

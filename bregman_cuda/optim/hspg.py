@@ -177,9 +177,15 @@ class HSPG(SparseOptimizer):
         for param, reg in chosen:
             count = reg.group_norms(local(param)).numel()
             if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= count:
-                raise ValueError(f"keep_top: k must be between 1 and the number of groups, {count}, got {k!r}")
+                where = self._describe_param(param)
+                raise ValueError(
+                    f"keep_top: k must be between 1 and the number of groups, {count}, got {k!r} ({where})"
+                )
             if is_sharded(param):
-                raise NotImplementedError("keep_top: the groups of sharded parameters (DTensor) are not compared")
+                where = self._describe_param(param)
+                raise NotImplementedError(
+                    f"keep_top: the groups of sharded parameters (DTensor) are not compared ({where})"
+                )
         for param, reg in chosen:
             norms = reg.group_norms(param.detach().to(reference.state_dtype(param)))
             keep = torch.zeros_like(norms, dtype=torch.bool).view(-1)

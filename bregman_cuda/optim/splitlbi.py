@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -97,7 +99,8 @@ class SplitLBI(SparseOptimizer):
         nesterov: look ahead; needs momentum > 0.
         weight_decay: >= 0, added to the gradient.
         coupling: "outside" of the momentum buffer, as the toolbox does, or "inside", as the paper writes (eq. 6-9).
-        curvature: the largest curvature of the loss, if it is known: a kappa * lr beyond the stable range is warned of.
+        curvature: the largest curvature of the loss, if it is known: a kappa * lr beyond the stable range is warned of,
+            also where it gets there later; not where lr lies on a device (or with `capturable`, in a tensor).
 
     Raises:
         ValueError, TypeError: a parameter out of its range; nothing was changed.
@@ -135,16 +138,6 @@ class SplitLBI(SparseOptimizer):
         defaults: dict[str, Any] = dict(lr=lr, reg=reg, kappa=kappa, mu=mu, momentum=momentum, nesterov=nesterov)
         defaults |= dict(weight_decay=weight_decay, coupling=coupling, curvature=curvature)
         super().__init__(params, defaults, maximize, fused, count_nonzeros, check_finite, capturable)
-        for group in self.param_groups:
-            if group["reg"] is not None and group["curvature"] is not None and not torch.is_tensor(group["lr"]):
-                style = (group["momentum"], group["nesterov"], group["coupling"])
-                limit = stable_rate(group["curvature"], group["mu"], *style)
-                if group["kappa"] * group["lr"] >= limit:
-                    warnings.warn(
-                        f"SplitLBI: kappa * lr = {group['kappa'] * group['lr']:g} is not stable for curvature "
-                        f"{group['curvature']:g} and mu = {group['mu']:g}; keep it below {limit:g}",
-                        stacklevel=2,
-                    )
 
     def _check_group(self, group: dict[str, Any]) -> None:
         for name in ("kappa", "mu"):
@@ -157,6 +150,26 @@ class SplitLBI(SparseOptimizer):
             raise ValueError("SplitLBI: nesterov=True needs momentum > 0, got momentum=0")
         if group["coupling"] not in ("outside", "inside"):
             raise ValueError(f"SplitLBI: coupling must be 'outside' or 'inside', got {group['coupling']!r}")
+        if group["curvature"] is not None and group["reg"] is not None and group["params"]:
+            self._warn_of_rate(group)
+
+    def _warn_of_rate(self, group: dict[str, Any]) -> None:
+        """Warn of a kappa * lr beyond the stable range, once until it is back in it: schedulers change lr often."""
+        lr = group["lr"]
+        if torch.is_tensor(lr) and (lr.device.type != "cpu" or group["capturable"]):
+            return  # reading it would synchronise
+        rate = float(lr) * float(group["kappa"])
+        curvature, mu, momentum = (float(group[name]) for name in ("curvature", "mu", "momentum"))
+        limit = _stable_rate(curvature, mu, momentum, bool(group["nesterov"]), group["coupling"])
+        warned = vars(self).setdefault("_warned", {})  # by a group's first parameter
+        known = warned.get(id(group["params"][0]), False)
+        warned[id(group["params"][0])] = rate >= limit
+        if rate >= limit and not known:
+            warnings.warn(
+                f"SplitLBI: kappa * lr = {rate:g} is not stable for curvature {curvature:g} and mu = {mu:g}; "
+                f"keep it below {limit:g}",
+                stacklevel=_levels_to_the_caller(),
+            )
 
     def _rule(self, group: dict[str, Any]) -> Rule:
         return _MOMENTUM if group["momentum"] else _PLAIN
@@ -301,6 +314,17 @@ def stable_rate(
         middle = 0.5 * (low + high)
         low, high = (middle, high) if stable(middle) else (low, middle)
     return low
+
+
+_stable_rate = functools.lru_cache(maxsize=64)(stable_rate)  # takes milliseconds, and a step asks for it
+
+
+def _levels_to_the_caller() -> int:
+    """The `stacklevel` of a warning in the code that called this package, through torch or not."""
+    frame, level, inside = sys._getframe(1), 1, ("bregman_cuda", "torch")
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in inside:
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 _MOMENTUM, _PLAIN = SplitLBIMomentumRule(), SplitLBIRule()

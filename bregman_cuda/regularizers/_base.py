@@ -19,6 +19,7 @@ from ._weighted import weighted_group_prox
 
 Step = Union[float, Tensor]
 _GROUP_NAMES = {"out": (0,), "in": (1,), "kernel": (0, 1)}
+_READ_ON_DEVICE = ("lr", "lam")  # the scalars that steps read where they lie
 
 
 def check_number(
@@ -26,11 +27,12 @@ def check_number(
 ) -> None:
     """Refuse a value that is not a finite number within [low, high], or (low, high] with `above`.
 
-    A one-element tensor passes unread, as reading it may synchronise with its device.
+    A one-element tensor is read on the CPU, but not while torch.compile traces. On a device, where reading would
+    synchronise, lr and lam pass unread, and all others are refused.
 
     Raises:
         TypeError: not a real number.
-        ValueError: NaN, infinite or out of range, or a tensor of several elements.
+        ValueError: NaN, infinite or out of range, or a tensor of several elements, or of another option on a device.
     """
     if torch.is_tensor(value):
         if value.numel() != 1 or not value.is_floating_point():
@@ -38,7 +40,14 @@ def check_number(
                 f"{owner}: a tensor {name} must have one floating-point element, got {value.dtype} of shape "
                 f"{tuple(value.shape)}"
             )
-        return
+        if value.device.type != "cpu" and name not in _READ_ON_DEVICE:
+            raise ValueError(
+                f"{owner}: {name} must be a number or a tensor on the CPU, got one on {value.device}; only lr and lam "
+                "can lie on a device"
+            )
+        if value.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        value = value.item()
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{owner}: {name} must be a number, got {value!r}")
     if not (low <= value <= high) or math.isinf(value) or (above and value == low):
@@ -72,6 +81,24 @@ class Regularizer:
         if name in self.bounds:
             check_number(type(self).__name__, name, value, *self.bounds[name], above=name in self.above)
         object.__setattr__(self, name, value)
+
+    def check_tensors(self) -> None:
+        """Check tensor parameters again, which may have changed in place; numbers cannot.
+
+        Raises:
+            ValueError: out of range.
+        """
+        for name in self.bounds:
+            if isinstance(value := getattr(self, name, None), Tensor):
+                check_number(type(self).__name__, name, value, *self.bounds[name], above=name in self.above)
+
+    def nan_or_one(self) -> Any:
+        """What makes NaN of a step whose lam turned NaN where nobody reads it, as comparisons with it would make zeros:
+        a factor, 1 else."""
+        lam = getattr(self, "lam", None)
+        if not isinstance(lam, Tensor) or (lam.device.type == "cpu" and not torch.compiler.is_compiling()):
+            return 1.0  # `check_tensors` reads it
+        return torch.where(lam.isnan(), lam, 1.0).double().reshape(())
 
     @property
     def elementwise(self) -> Separable | None:
@@ -131,10 +158,14 @@ class Regularizer:
                 argmin_z  J(z) + sum_i (z_i - x_i)^2 / (2 step_i), the prox in a diagonal metric.
 
         Raises:
-            ValueError: steps per element, and a penalty on group norms whose prox is not known then.
+            ValueError: steps per element, and a penalty on group norms whose prox is not known then; or a tensor lam
+                that turned NaN or negative.
         """
         scale = torch.as_tensor(step, dtype=x.dtype, device=x.device)
         per_element = self._per_element(x, step)
+        self.check_tensors()
+        if torch.is_tensor(factor := self.nan_or_one()):
+            x = x * factor.to(x.dtype)
         x = self._prox_of_elements(x, scale)
         if self.radial is not None and per_element:
             dims = self.groups_of(x.shape) or ()

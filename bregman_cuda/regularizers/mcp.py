@@ -74,6 +74,11 @@ class GroupMCP(Grouped):
 
     The weight multiplies phi, so that it acts as a longer step: firm below step * w_G = gamma, hard from there on.
 
+    With a step size for each element (`ProxAdam`, `RAMDA`, `AveragedProxSGD`), the prox is exact while all of a group's
+    steps have step_i * w_G <= 127/128 gamma. Beyond, its problem is not convex, and what comes out is a shrunk group
+    but no prox. These steps depend on gradients, so that nothing is refused: ProxAdam's are at most lr / (c1 eps),
+    AveragedProxSGD's 1 / eps, which with the default eps exceeds any gamma; give gamma room, or take `GroupLasso`.
+
     Args:
         lam, gamma: as in `MCP`.
         groups, weight: as in `GroupLasso`.

@@ -53,6 +53,16 @@ def chosen_layers(layers: str | Iterable[str] | None, known: Iterable[str]) -> l
     return names
 
 
+def check_count(owner: str, name: str, value: Any, least: int = 0) -> None:
+    """Refuse what is not an integer, or too small.
+
+    Raises:
+        ValueError: so it is.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{owner}: {name} must be an integer >= {least}, got {value!r}")
+
+
 class ActivationPath:
     """Records when each weight and each filter entered the sparse twin of SplitLBI for the first time.
 
@@ -104,8 +114,7 @@ class ActivationPath:
         Raises:
             ValueError: not an integer, or smaller than before.
         """
-        if isinstance(when, bool) or not isinstance(when, int) or when < max(self.last, 0):
-            raise ValueError(f"ActivationPath: `when` must be an integer >= {max(self.last, 0)}, got {when!r}")
+        check_count("ActivationPath", "`when`", when, max(self.last, 0))
         named = named_of(self.model)
         for name in self._first:
             first = self._units(name, named[name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -31,7 +32,9 @@ def prune_by_order(
         percent: of each layer's units, from 0 (none) to 100 (all); halves round to even.
         layers: exact parameter names; None: every layer with a twin.
         unit: "filter" or "weight"; None: filters of convolutions, single weights of everything else, as the toolbox.
-        biases: whether the biases of removed filters go, too; one with a twin goes by its own place as well.
+        biases: whether the biases of removed filters go, too; one with a twin goes by its own place as well. Layers
+            pruned by single weights keep theirs: by default Linear ones do, with unit="filter" they lose rows and
+            biases. Where no layer is pruned by filters, a warning says that nothing comes of it.
         norms: {layer: name of the batch norm after it}: its weight and bias at removed filters go, too. Without it,
             a batch norm still emits its bias there.
 
@@ -48,6 +51,7 @@ def prune_by_order(
     names, norms = chosen_layers(layers, path.layers), dict(norms or {})
     chosen_layers(norms, names)
     masks: dict[str, Tensor] = {}
+    by_filters = False
     for name in names:
         param = path._param(name, "weight")
         kind: Unit = unit or ("filter" if param.ndim > 2 else "weight")
@@ -58,6 +62,7 @@ def prune_by_order(
                 raise ValueError(f"biases and norms belong to whole filters, but {name!r} is pruned by single weights")
             parts = {name: keep}
         else:
+            by_filters = True
             dim = filter_dim(path.model, name, param)
             parts = {name: keep.view([-1 if d == dim else 1 for d in range(param.ndim)]).expand(param.shape).clone()}
             prefix, _, module = owner_of(path.model, name) if biases or name in norms else ("", "", None)
@@ -67,6 +72,12 @@ def prune_by_order(
                 parts |= _norm_masks(path.model, norms[name], name, keep)
         for part, mask in parts.items():  # a bias with a twin goes with its filter, and by its own place
             masks[part] = masks[part] & mask if part in masks else mask
+    if biases and names and not by_filters:
+        warnings.warn(
+            "prune_by_order: biases=True prunes no bias, as all of these layers are pruned by single weights; "
+            "pass unit='filter' to prune rows of Linear layers with their biases",
+            stacklevel=3,  # no_grad's wrapper lies between
+        )
     named = named_of(path.model)
     for name, mask in masks.items():
         for tensor in (named[name], path.optimizer.state.get(named[name], {}).get("master")):

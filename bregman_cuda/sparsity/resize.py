@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from ..regularizers._base import check_number
+
 if TYPE_CHECKING:
     from ..optim.splitlbi import SplitLBI
     from .activation_path import ActivationPath
@@ -141,8 +143,14 @@ def active_fraction(optimizer: SplitLBI, layer: Layer) -> float:
     """Share of a layer's filters that are active in the twin. Reads from the device.
 
     Raises:
+        TypeError: an optimizer without twins.
         KeyError, ValueError: the weight is not the optimizer's, or has no twin.
     """
+    if not hasattr(optimizer, "support"):
+        raise TypeError(
+            f"the share of active filters is that of SplitLBI's twin, got {type(optimizer).__name__}; "
+            "grow_layer takes any optimizer with threshold=0"
+        )
     dim = filter_dim(layer, "weight", layer.weight)
     support = optimizer.support(layer.weight).transpose(0, dim)
     return float(support.flatten(1).any(1).float().mean())
@@ -170,7 +178,7 @@ def grow_layer(
         optimizer: SplitLBI (for threshold 0 any optimizer) that holds the parameters.
         layer, consumer: Linear or convolution, without groups; a Linear behind a flatten reads runs of inputs.
         n: how many filters more, >= 1. The paper takes max(8, n_old // 10).
-        threshold: nothing is done while a smaller share than this of the filters is active.
+        threshold: from 0 to 1; nothing is done while a smaller share than this of the filters is active.
         norm: batch norm or instance norm between them.
         outgoing: "zero" or "random".
 
@@ -178,8 +186,10 @@ def grow_layer(
         How many filters were added: n or 0.
 
     Raises:
-        ValueError, TypeError: n < 1, groups, layers that do not fit each other; nothing was changed.
+        ValueError, TypeError: n < 1, a threshold out of range or without SplitLBI, groups, layers that do not fit each
+            other, a parameter (not frozen) that the optimizer does not hold; nothing was changed.
     """
+    check_number("grow_layer", "threshold", threshold, high=1.0)
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise ValueError(f"grow_layer: n must be an integer >= 1, got {n!r}")
     if outgoing not in ("zero", "random"):
@@ -194,6 +204,16 @@ def grow_layer(
         raise ValueError(f"grow_layer: the consumer has {reads} inputs, the layer {outputs} outputs")
     if norm is not None and (not isinstance(norm, _NormBase) or norm.num_features != outputs):
         raise TypeError(f"grow_layer: norm must be a batch or instance norm of {outputs} channels, got {norm}")
+    changing: dict[str, Tensor] = {f"layer.{name}": p for name, p in layer.named_parameters(recurse=False)}
+    changing["consumer.weight"] = consumer.weight
+    changing |= {} if norm is None else {f"norm.{name}": p for name, p in norm.named_parameters(recurse=False)}
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    for name, param in changing.items():
+        if param.requires_grad and param not in held:
+            raise ValueError(
+                f"grow_layer: the optimizer does not hold {name} of shape {tuple(param.shape)}, and would not train "
+                "what replaces it; pass the optimizer that does, or freeze it by requires_grad_(False)"
+            )
     if threshold > 0 and active_fraction(optimizer, layer) < threshold:
         return 0
     _widen(optimizer, layer, {"out_features": n, "out_channels": n})

@@ -38,7 +38,7 @@ def reinitialize_filters(
         path: what was recorded; it keeps when the old filter entered.
         percent: of each layer's filters, from 0 to 100.
         layers: exact parameter names; None: every layer with a twin.
-        threshold: layers with a smaller share of active filters are left alone. Reads from the device.
+        threshold: from 0 to 1; layers with a smaller share of active filters are left alone. Reads from the device.
         orthogonal: see above.
         generator: of the random numbers, on the CPU.
 
@@ -48,6 +48,7 @@ def reinitialize_filters(
     Raises:
         ValueError: percent or threshold out of range, or an unknown layer; nothing was changed.
     """
+    check_number("reinitialize_filters", "threshold", threshold, high=1.0)
     new_rows = {}
     for name, param, gone in _last_filters(path, percent, layers):
         dim = filter_dim(path.model, name, param)

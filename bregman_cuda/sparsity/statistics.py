@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .activation_path import Model, named_of
+from .activation_path import Model, check_count, named_of
 from .resize import filter_dim, filter_norms
 
 _NUMBERS = ("min", "p25", "median", "p75", "max", "mean")
@@ -50,7 +50,7 @@ class StatisticsRecorder:
         folder: made if it is not there; files of earlier runs are continued.
         every: steps that are multiples of it are recorded.
         layers: exact parameter names; None: all.
-        quantities: of "weight" and "gradient"; parameters without a gradient have no row for it.
+        quantities: "weight", "gradient" or both; parameters without a gradient have no row for it.
         rows_per_file: rows that are kept in memory.
 
     Raises:
@@ -64,28 +64,33 @@ class StatisticsRecorder:
         folder: str | Path,
         every: int = 1,
         layers: str | Iterable[str] | None = None,
-        quantities: Iterable[str] = QUANTITIES,
+        quantities: str | Iterable[str] = QUANTITIES,
         rows_per_file: int = 10_000,
     ) -> None:
         _numpy()
         for name, value in (("every", every), ("rows_per_file", rows_per_file)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"StatisticsRecorder: {name} must be an integer >= 1, got {value!r}")
+            check_count("StatisticsRecorder", name, value, 1)
         self.model, self.every, self.rows_per_file = model, every, rows_per_file
         known = named_of(model)
         names = [*known] if layers is None else [layers] if isinstance(layers, str) else list(layers)
         if unknown := [name for name in names if name not in known]:
             raise ValueError(f"StatisticsRecorder: the model has no parameter {unknown[0]!r}")
-        self.layers, self.quantities = names, tuple(quantities)
+        self.layers = names
+        self.quantities = (quantities,) if isinstance(quantities, str) else tuple(quantities)
         if wrong := [quantity for quantity in self.quantities if quantity not in QUANTITIES]:
-            raise ValueError(f"StatisticsRecorder: quantity {wrong[0]!r} is unknown; use weight or gradient")
+            raise ValueError(f"StatisticsRecorder: quantity {wrong[0]!r} is unknown; use 'weight' or 'gradient'")
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._rows: list[tuple[int, str, str, Any]] = []
 
     @torch.no_grad()
     def update(self, step: int) -> bool:
-        """Record this step if it is due, and say whether it was."""
+        """Record this step if it is due, and say whether it was.
+
+        Raises:
+            ValueError: the step is no integer >= 0.
+        """
+        check_count("StatisticsRecorder", "step", step)
         if step % self.every:
             return False
         named = named_of(self.model)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..optim import SparseOptimizer
 from ..optim._shards import mask_as
-from .activation_path import chosen_layers, named_of, with_twin
+from .activation_path import check_count, chosen_layers, named_of, with_twin
 
 if TYPE_CHECKING:
     from ..optim.splitlbi import SplitLBI
@@ -58,7 +58,12 @@ class TicketRecorder:
 
     @torch.no_grad()
     def update(self, epoch: int) -> None:
-        """Save the masks of this epoch, one bool per weight, without waiting for the device."""
+        """Save the masks of this epoch, one bool per weight, without waiting for the device.
+
+        Raises:
+            ValueError: the epoch is no integer >= 0.
+        """
+        check_count("TicketRecorder", "epoch", epoch)
         named = named_of(self.model)
         self._masks[epoch] = {name: self.optimizer.support(named[name]).clone() for name in self.layers}
 
