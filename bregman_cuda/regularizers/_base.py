@@ -56,8 +56,8 @@ class Regularizer:
     bounds: ClassVar[dict[str, tuple[float, float]]] = {"lam": (0.0, math.inf)}
     above: ClassVar[tuple[str, ...]] = ()  # parameters that must exceed their lower bound
     convex: ClassVar[bool] = True  # Bregman optimizers need it: their dual is a subgradient
-    # Empty, or why the prox needs a whole tensor at once: no composition of phi and psi, so no shards, and no kernels but
-    # those for budgets.
+    # Empty, or why the prox needs a whole tensor at once: no composition of phi and psi, so no shards, and no kernels
+    # but those for budgets.
     whole: ClassVar[str] = ""
     budgets_kernel: ClassVar[bool] = False  # whether the kernels know its groups' shares of a budget nevertheless
     every: int = 1  # the prox is taken at every so many steps, with so many times the step size; > 1 needs `whole`

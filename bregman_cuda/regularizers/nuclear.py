@@ -120,7 +120,7 @@ class Nuclear(Regularizer):
         return wide.reshape(x.shape[0], -1) if x.numel() else wide
 
     def _finite_matrix(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The matrix, or zeros where it has a NaN or an infinity, which a decomposition refuses; and whether it has none."""
+        """The matrix, or zeros where a decomposition would refuse a NaN or an infinity; and whether it has none."""
         matrix = self._matrix(x)
         finite = torch.isfinite(matrix).all()
         return torch.where(finite, matrix, 0), finite
