@@ -131,8 +131,18 @@ class HSPG(SparseOptimizer):
         capturable: bool = False,
     ) -> None:
         defaults: dict[str, Any] = dict(lr=lr, reg=reg, momentum=momentum, epsilon=epsilon, start=start)
-        defaults |= dict(end=end, k=k, steps=0, skipped=0, projecting=False)
+        defaults |= dict(end=end, k=k)
         super().__init__(params, defaults, maximize, fused, count_nonzeros, check_finite, capturable)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if isinstance(param_group, dict):
+            _begin(param_group)
+        super().add_param_group(param_group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            _begin(group)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_momentum("HSPG", group["momentum"])
@@ -153,11 +163,11 @@ class HSPG(SparseOptimizer):
             raise RuntimeError(f"HSPG: fused=True, but {why}")
 
     def _rule(self, group: dict[str, Any]) -> Rule:
-        return _HALF_SPACE if group["projecting"] or group["start"] == 0 else _PROX
+        return _HALF_SPACE if group.get("projecting") or group["start"] == 0 else _PROX
 
     def _check(self, group: dict[str, Any]) -> None:
         super()._check(group)
-        if not group["projecting"]:  # what the second phase refuses is refused from the start
+        if not group.get("projecting"):  # what the second phase refuses is refused from the start
             super()._check({**group, "projecting": True})
         if group["end"] is not None and group["reg"] is not None:
             self._check_whole(f"HSPG: end={group['end']!r}", group)
@@ -242,6 +252,12 @@ class HSPG(SparseOptimizer):
 def _check_count(owner: str, name: str, value: Any, what: str, least: int) -> None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
         raise ValueError(f"{owner}: {name} must be a number of {what} >= {least}, or None, got {value!r}")
+
+
+def _begin(group: dict[str, Any]) -> None:
+    """How far a group of parameters is, which is none of the options in `defaults`."""
+    for name, value in (("steps", 0), ("skipped", 0), ("projecting", False)):
+        group.setdefault(name, value)
 
 
 def _most(group: dict[str, Any]) -> int | None:
