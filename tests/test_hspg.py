@@ -245,17 +245,18 @@ def test_digits_with_a_fifth_of_the_neurons():
     assert accuracy > 0.93
 
 
-def test_start_counts_steps_that_were_taken():
+def test_start_and_end_count_steps_that_were_taken():
     p = nn.Parameter(torch.ones(4, 4))
-    optimizer = HSPG([p], 0.1, GroupLasso(0.1), start=2)
+    optimizer = HSPG([p], 0.1, GroupLasso(0.1), start=2, end=3, k=1)
     optimizer.step()  # no gradient
     p.grad, optimizer.found_inf = torch.full((4, 4), torch.inf), torch.tensor(1.0)
     optimizer.step()  # an overflow
     del optimizer.found_inf
-    for projecting in (False, False, True):
+    for projecting, left in ((False, 4), (False, 4), (True, 1)):
         p.grad = torch.zeros(4, 4)
         optimizer.step()
         assert optimizer.param_groups[0]["projecting"] == projecting
+        assert sum(alive(p)) == left
     optimizer.half_space(False)
     optimizer.step()
     assert optimizer.param_groups[0]["projecting"] is False
