@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import datetime
+import io
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -11,11 +13,12 @@ from typing import Any
 import pytest
 import registry
 import torch
+from harness import same_bits
 from test_ecosystem import batches, network
 from torch import Tensor, nn
 
 import bregman_cuda
-from bregman_cuda import L1, AdaBreg, GroupLasso, LinBreg, ProxSGD, SparseGroupLasso
+from bregman_cuda import HSPG, L1, RMDA, AdaBreg, GroupLasso, LinBreg, ProxSGD, SparseGroupLasso, SplitLBI
 from bregman_cuda.optim.linbreg import LinBregRule
 
 # Networks under FSDP2: an optimizer, its regularizer, and whether the first layer is masked.
@@ -26,6 +29,8 @@ CASES: dict[str, tuple[Callable[[Any], Any], Callable[[], Any], bool]] = {
     "proxsgd-out": (lambda p: ProxSGD(p, lr=0.1, momentum=0.9), lambda: GroupLasso(0.1), False),
     "proxsgd-all": (lambda p: ProxSGD(p, lr=0.1, momentum=0.5), lambda: GroupLasso(0.1, (), "none"), False),
     "reference": (lambda p: AdaBreg(p, lr=1e-2, fused=False), lambda: GroupLasso(0.05, "out"), False),
+    "rmda-out": (lambda p: RMDA(p, lr=0.1, momentum=0.25), lambda: GroupLasso(0.1, "out"), False),
+    "splitlbi-l1": (lambda p: SplitLBI(p, lr=0.1, kappa=2.0, mu=1.0, momentum=0.5), lambda: L1(0.1), True),
 }
 MASK = torch.arange(17 * 6).view(17, 6) % 3 > 0
 
@@ -62,7 +67,14 @@ def single(name: str, end: int = 6) -> tuple[nn.Module, Any]:
 
 def outcome(model: nn.Module, optimizer: Any) -> dict[str, Any]:
     names = {p: name for name, p in model.named_parameters()}
+    points = [optimizer.prox_point(p) for p in model.parameters()]
+    if isinstance(optimizer, SplitLBI):
+        with optimizer.projected():
+            points += [p.detach().clone() for p in model.parameters()]
+        residues = [optimizer.residue(p) for g in optimizer.param_groups if g["reg"] for p in g["params"]]
+        points += [whole(r) + 1 for r in residues]  # none is zero
     return {
+        "points": [whole(p) for p in points],
         "params": [whole(p.detach()) for p in model.parameters()],
         "state": {
             f"{names[p]}.{key}": whole(t) for p, s in optimizer.state.items() for key, t in s.items() if key != "mask"
@@ -265,6 +277,30 @@ def handed_on(name: str, mesh: Any, model: Any, optimizer: Any, part: slice) -> 
     return same
 
 
+def held(optimizer: Any) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """Copies of what this rank has: parts of parameters and state, and options."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    tensors = [t for p in params for t in (p.detach(), *(t for _, t in sorted(optimizer.state[p].items())))]
+    parts = [getattr(t, "_local_tensor", t).detach().clone() for t in tensors]
+    return parts, copy.deepcopy(optimizer.state_dict()["param_groups"])
+
+
+def through_file(saved: Any) -> Any:
+    torch.save(saved, file := io.BytesIO())
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def saved_elsewhere() -> dict[str, Tensor]:
+    """The state of a (6, 4) parameter as one process saves it, and as half as many ranks do."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    half = DeviceMesh("cpu", list(range(dist.get_world_size() // 2)))
+    return {"whole": torch.ones(6, 4), "other world": distribute_tensor(torch.ones(6, 4), half, [Shard(0)])}
+
+
 def refusals(rank: int, mesh: Any) -> dict[str, str]:
     """What is refused, and by what sentence, on every rank alike."""
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -295,12 +331,24 @@ def refusals(rank: int, mesh: Any) -> dict[str, str]:
         "mask": lambda: LinBreg([cut]).set_mask(cut, distribute_tensor(torch.ones(6, 4) > 0, mesh, [Replicate()])),
         "mask of a plain one": lambda: LinBreg([plain]).set_mask(plain, distribute_tensor(MASK[:6, :4], mesh)),
         "some gradients": lambda: stepped(some, missing=rank == 1),
+        "end": lambda: HSPG([cut], reg=GroupLasso(0.1), end=3, k=1),
+        "keep_top": lambda: HSPG([cut], reg=GroupLasso(0.1)).keep_top(1),
     }
-    found = {}
+    loading = LinBreg([sharded((6, 4))], lr=0.25, momentum=0.5, reg=L1(0.1))
+    stepped(loading)
+    before, found = held(loading), {}
+    for name, dual in saved_elsewhere().items():
+        saved = loading.state_dict()
+        saved["state"] = {0: {**saved["state"][0], "dual": dual}}
+        uses[name] = lambda saved=saved: loading.load_state_dict(saved)
     for name, use in uses.items():
         with pytest.raises((NotImplementedError, RuntimeError, ValueError)) as refused:
             use()
         found[name] = f"{refused.type.__name__}: {refused.value}"
+    assert all(map(same_bits, before[0], held(loading)[0])), f"a refused state dict changed rank {rank}"
+    assert before[1] == held(loading)[1]
+    loading.load_state_dict(through_file(loading.state_dict()))  # of the same ranks: taken, without any detour
+    assert all(map(same_bits, before[0], held(loading)[0]))
     Metric([cut], reg=GroupLasso(0.1, "out"))
     return found
 
@@ -371,15 +419,20 @@ def resumer(rank: int, world: int, port: int, folder: str, *sources: str) -> Non
     for number, source in enumerate(sources):
         for name in CASES:
             model = fsdp(mesh)
-            results[number, name] = resume(name, model, f"{source}/{name}", slice(rank * size, (rank + 1) * size))
+            part = slice(rank * size, (rank + 1) * size)
+            results[number, name] = resume(name, model, f"{source}/{name}", part)
+            if number == 0:  # a chain: taken up here for a step, and saved for others
+                resume(name, fsdp(mesh), f"{source}/{name}", part, end=4, save=f"{folder}/chain/{name}")
     if rank == 0:
         torch.save(results, f"{folder}/resumed.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
-def resume(name: str, model: Any, checkpoint: str, part: slice, **options: Any) -> dict[str, Any]:
-    """A run that continues from a checkpoint."""
+def resume(
+    name: str, model: Any, checkpoint: str, part: slice, begin: int = 3, end: int = 6, save: str = "", **options: Any
+) -> dict[str, Any]:
+    """A run that continues from a checkpoint, and may end with one."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
@@ -396,7 +449,10 @@ def resume(name: str, model: Any, checkpoint: str, part: slice, **options: Any) 
         weights, state = get_state_dict(model, optimizer)
     dcp.load({"model": weights, "optimizer": state}, checkpoint_id=checkpoint, **options)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
-    train(model, optimizer, part, 3)
+    train(model, optimizer, part, begin, end)
+    if save:
+        weights, state = get_state_dict(model, optimizer)
+        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=save)
     return {"lost": lost, **outcome(model, optimizer)}
 
 

@@ -13,6 +13,12 @@ from bregman_cuda.optim._traced import fused_step_
 
 pytestmark = pytest.mark.slow
 BACKENDS = ["inductor", "aot_eager"]
+REGS = {
+    "none": None,
+    "l1": L1(0.1),
+    "group_out": GroupLasso(0.1),
+    "sparse_group_in": SparseGroupLasso(0.1, 0.5, "in"),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +39,7 @@ def make(rule: str, reg):
     params = [torch.randn(6, 4), torch.randn(5, 3, 3, 3).to(memory_format=torch.channels_last), torch.randn(4, 2)]
     params[2] = params[2].bfloat16()
     params = [nn.Parameter(p) for p in params]
-    optimizer = registry.RULES[rule].make([*params], reg)
+    optimizer = registry.EVERY_RULE[rule].make([*params], reg)
     optimizer.set_mask(params[0], torch.rand(6, 4) > 0.3)
     return params, optimizer
 
@@ -57,8 +63,9 @@ def assert_same(first, second) -> None:
     ("rule", "reg"),
     [
         (rule, reg)
-        for rule in registry.RULES
-        for reg in (None, L1(0.1), GroupLasso(0.1), SparseGroupLasso(0.1, 0.5, "in"))
+        for rule in registry.EVERY_RULE
+        for name, reg in REGS.items()
+        if registry.takes(rule, name)
     ],
     ids=str,
 )

@@ -62,9 +62,10 @@ def world(request):
 
 def assert_close(ours, expected) -> None:
     """Within what another order of summing gradients does; the zeros are the same."""
-    for a, b in zip(ours["params"], expected["params"], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-        assert torch.equal(a == 0, b == 0)
+    for key in ("params", "points"):
+        for a, b in zip(ours[key], expected[key], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+            assert torch.equal(a == 0, b == 0)
     assert ours["state"].keys() == expected["state"].keys()
     for key, value in ours["state"].items():
         torch.testing.assert_close(value, expected["state"][key], rtol=1e-4, atol=1e-5)
@@ -113,7 +114,7 @@ def test_checkpoint_of_many_ranks_continues_on_one(ranks, world, name):
 
 @pytest.fixture(scope="module")
 def resumed(ranks, tmp_path_factory):
-    """Two ranks continue from the checkpoints of four, and of one without shards."""
+    """Two ranks continue from the checkpoints of four, and of one without shards; and the folder of what they save."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
@@ -122,16 +123,22 @@ def resumed(ranks, tmp_path_factory):
         weights, state = get_state_dict(*here.single(name, end=3))
         dcp.save({"model": weights, "optimizer": state}, checkpoint_id=str(alone / name), no_dist=True)
     run_ranks("resumer", 2, alone, ranks(4)[0], alone)
-    return torch.load(alone / "resumed.pt", weights_only=False)
+    return alone, torch.load(alone / "resumed.pt", weights_only=False)
 
 
 @pytest.mark.parametrize("source", [0, 1], ids=["from 4 ranks", "from one process"])
 @pytest.mark.parametrize("name", here.CASES)
 def test_checkpoint_continues_on_two_ranks(resumed, name, source):
     """Masks included; without a mask to load into they would be lost, and that is an error."""
-    found = resumed[source, name]
+    found = resumed[1][source, name]
     assert_close(found, here.outcome(*here.single(name)))
     assert ("saved with masks on 1 of its parameters, and has 0" in found["lost"]) == here.CASES[name][2]
+
+
+@pytest.mark.parametrize("name", here.CASES)
+def test_checkpoint_goes_from_four_ranks_over_two_to_one(resumed, name):
+    found = here.resume(name, network(), str(resumed[0] / "chain" / name), slice(None), begin=4, no_dist=True)
+    assert_close(found, here.outcome(*here.single(name)))
 
 
 @pytest.mark.parametrize("groups", ["l1", "in", "out"])
@@ -165,6 +172,13 @@ def test_what_shards_cannot_do_is_refused(ranks, world):
     assert "the mask is sharded as (Replicate(),), the parameter as (Shard(dim=0),)" in refused["mask"]
     assert "the parameter as a whole" in refused["mask of a plain one"]
     assert "has a gradient on some of them only" in refused["some gradients"]
+    assert "HSPG: end=3: parameter 0 of shape (6, 4) is sharded, and groups of a DTensor are not" in refused["end"]
+    assert "keep_top: parameter 0 of shape (6, 4) is sharded" in refused["keep_top"]
+    name = "ValueError: LinBreg: the state dict's state of parameter 0 of shape (6, 4): dual is sharded as "
+    now, other = (f"(Shard(dim=0),) on ranks {[*range(n)]}" for n in (world, world // 2))
+    for case, there in (("whole", "a whole"), ("other world", other)):
+        tail = f"{there}, the parameter as {now}; load through torch.distributed.checkpoint"
+        assert refused[case] == name + tail
 
 
 @pytest.mark.parametrize("groups", here.COMPILED)

@@ -25,16 +25,19 @@ from torch.optim import swa_utils
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from bregman_cuda import (
+    HSPG,
     L1,
     RAMDA,
     RMDA,
     AdaBreg,
     AveragedProxSGD,
     GroupLasso,
+    GroupMCP,
     LinBreg,
     ProxAdam,
     ProxSGD,
     SparseGroupLasso,
+    SplitLBI,
 )
 
 pytest.importorskip("expecttest", reason="torch.testing._internal imports it")
@@ -52,9 +55,12 @@ RULES = {
     ProxAdam: [{"lr": 0.05}, {"lr": 0.05, "amsgrad": True}],
     RMDA: [{"lr": 0.125}, {"lr": 0.125, "momentum": 0.5}],
     RAMDA: [{"lr": 0.125}, {"lr": 0.125, "momentum": 1.0}],
+    SplitLBI: [{"lr": 0.25, "mu": 2.0}, {"lr": 0.25, "mu": 2.0, "momentum": 0.5, "nesterov": True}],
+    HSPG: [{"lr": 0.25, "momentum": 0.5, "start": 2}, {"lr": 0.25, "start": 0, "end": 4, "k": 5}],
 }
 BREGMAN = (LinBreg, AdaBreg)
 REGS = [None, L1(0.05), GroupLasso(0.05, "out"), SparseGroupLasso(0.05, 0.5, "in")]
+GROUP_REGS = [GroupLasso(0.05, "out"), GroupMCP(0.05, 4.0, "in")]  # what HSPG takes
 SHAPES = ((6, 5), (4, 3, 3, 3), (7, 2))  # the groups above ask for two dimensions
 FLAGS = ("maximize", "fused", "count_nonzeros", "check_finite")
 F32, F64, BF16, F16 = registry.DTYPES
@@ -70,7 +76,7 @@ REFUSED = [
 
 def optim_inputs(optimizer, device, dtype=None):
     """Every rule with every kind of regularizer; without `fused`, which the frame adds."""
-    regs = REGS
+    regs = [None, *GROUP_REGS] if optimizer is HSPG else REGS
     options = [{**rule, "reg": copy.deepcopy(reg)} for rule in RULES[optimizer] for reg in regs]
     options += [{**each, "maximize": True, "count_nonzeros": True} for each in options[:2]]
     return [frame.OptimizerInput(None, each, str(each)) for each in options]
@@ -114,7 +120,7 @@ class Case:
         paper = self.optimizer is LinBreg and "momentum" in self.options and "momentum_style" not in self.options
         if self.options["reg"] or paper or self.optimizer in (AveragedProxSGD, RMDA, RAMDA):
             return None
-        options = {k: v for k, v in self.options.items() if k in ("lr", "momentum", "amsgrad", "maximize")}
+        options = {k: v for k, v in self.options.items() if k in ("lr", "momentum", "nesterov", "amsgrad", "maximize")}
         return functools.partial(
             torch.optim.Adam if self.optimizer in (AdaBreg, ProxAdam) else torch.optim.SGD, **options
         )
@@ -232,13 +238,14 @@ class TestTorchContract(TestCase):
     @for_every_case()
     def test_defaults_rebuild_and_printing_names_every_option(self, case, params, twins):
         optimizer = case(params)
+        printed = repr(optimizer)  # HSPG's start is None later
         assert_continues(optimizer, params, case.optimizer(twins, **optimizer.defaults), twins)
-        assert repr(optimizer).startswith(f"{case.optimizer.__name__} (\nParameter Group 0\n")
-        assert all(f"    {k}: {v}\n" in repr(optimizer) for k, v in {**optimizer.defaults, **case.options}.items())
+        assert printed.startswith(f"{case.optimizer.__name__} (\nParameter Group 0\n")
+        assert all(f"    {k}: {v}\n" in printed for k, v in {**optimizer.defaults, **case.options}.items())
 
     @for_every_case()
     def test_two_groups_are_two_optimizers_also_when_one_comes_later(self, case, params, twins):
-        options = {"lr": 0.125, "reg": L1(0.01)}
+        options = {"lr": 0.125, "reg": GroupLasso(0.01) if case.optimizer is HSPG else L1(0.01)}
         optimizer, first = train(params[:2], 2, case(params[:2])), train(twins[:2], 2, case(twins[:2]))
         optimizer.add_param_group({"params": params[2:], **options})
         train(params, 3, optimizer, begin=2)
@@ -267,9 +274,10 @@ class TestTorchContract(TestCase):
     def test_a_missing_gradient_skips_that_parameter_alone(self, case, params, twins):
         missing = {0: (1,), 2: (0, 1, 2), 3: (0, 2), 4: (0,)}
         frozen = Parameter(torch.ones(3, 3), requires_grad=False)
-        optimizer = train(params, 6, case([*params, frozen]), missing=missing)
+        phases = {"start": 0, "end": None} if case.optimizer is HSPG else {}  # they count the group's steps
+        optimizer = train(params, 6, case([*params, frozen], **phases), missing=missing)
         for i, twin in enumerate(twins):
-            alone = case([twin])
+            alone = case([twin], **phases)
             for number in (n for n in range(6) if i not in missing.get(n, ())):
                 train(twins, 1, alone, begin=number)
         same([*params, frozen], [*twins, Parameter(torch.ones(3, 3))])

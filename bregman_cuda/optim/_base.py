@@ -257,7 +257,7 @@ class SparseOptimizer(torch.optim.Optimizer):
                 raise FloatingPointError(f"the gradient of {name} has NaN or Inf; nothing was changed")
 
     def _check_against_params(self, ready: list[tuple[GroupPlan, dict[str, Any], list[Tensor]]]) -> None:
-        """torch lets nobody assign a gradient of another shape, so that a plan's first step looks at shapes; ops always."""
+        """torch lets nobody assign a gradient of another shape: a plan's first step looks at shapes, ops always do."""
         for plan, _, grads in ready:
             for bucket in plan.buckets:
                 own = grads if len(plan.buckets) == 1 else [grads[position] for position in bucket.index]

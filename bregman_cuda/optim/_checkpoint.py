@@ -12,6 +12,7 @@ from ..regularizers import Regularizer
 from ._masks import unpack
 from ._plan import slots_of
 from ._rule import Rule
+from ._shards import layout
 
 if TYPE_CHECKING:
     from ._base import SparseOptimizer
@@ -106,10 +107,10 @@ def _check_state(where: str, rule: Rule, param: Tensor, saved: dict[str, Any]) -
             continue
         if not torch.is_tensor(value):
             raise TypeError(f"{where}: {key} must be a tensor, got {value!r}")
-        if getattr(value, "placements", None) != getattr(param, "placements", None):
+        if layout(value) != layout(param):
             raise ValueError(
-                f"{where}: {key} is sharded as {getattr(value, 'placements', 'a whole')}, the parameter as "
-                f"{getattr(param, 'placements', 'a whole')}; load through torch.distributed.checkpoint"
+                f"{where}: {key} is sharded as {layout(value)}, the parameter as {layout(param)}; "
+                "load through torch.distributed.checkpoint"
             )
         if value.shape != param.shape:
             raise ValueError(f"{where}: {key} has shape {tuple(value.shape)}, the parameter {tuple(param.shape)}")

@@ -24,6 +24,11 @@ def local(tensor: Any) -> Any:
     return getattr(tensor, "_local_tensor", tensor)
 
 
+def layout(tensor: Any) -> str:
+    """In words: which ranks hold a tensor, and how it is cut."""
+    return f"{tensor.placements} on ranks {tensor.device_mesh.mesh.tolist()}" if is_sharded(tensor) else "a whole"
+
+
 def local_grads(params: Iterable[Any], grads: Iterable[Any]) -> list[Tensor]:
     """This rank's part of each gradient, laid out as its parameter's."""
     parts = []

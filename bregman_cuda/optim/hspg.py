@@ -12,9 +12,9 @@ from .. import reference
 from .._backend import why_no_half_space
 from ..regularizers import Regularizer
 from ..regularizers._base import check_number
-from ._base import SparseOptimizer
+from ._base import SparseOptimizer, is_capturing
 from ._rule import Hyper, Rule, State, number
-from ._shards import is_sharded, local
+from ._shards import is_sharded
 from .linbreg import check_momentum
 from .proxsgd import ProxSGDMomentumRule
 
@@ -81,7 +81,11 @@ class HSPG(SparseOptimizer):
         x = p - lr * (m + J'(p)),   p_G <- x_G, or 0 if <x_G, p_G> < epsilon * ||p_G||^2;   zero groups stay zero.
 
     A prox alone seldom leaves few groups, and shrinks those that it leaves; the second phase removes groups and does
-    not shrink toward a smaller support. `keep_top(k)` ends it with at most k groups per tensor, for good.
+    not shrink toward a smaller support. Neither bounds their number: after `end` steps the k groups of largest norm of
+    every tensor stay, and the others are masked for good, as by `keep_top`. Half-space steps go on among the k.
+
+    No step waits for the device, but under a GradScaler whose flag lies there the one that reaches `start` or `end`
+    reads how many were skipped. The step at `end` sorts the norms of groups; the next one makes its plan anew.
 
     Args:
         params, maximize, fused, count_nonzeros, check_finite, capturable: as in `LinBreg`.
@@ -89,11 +93,15 @@ class HSPG(SparseOptimizer):
         reg: a regularizer with groups: `GroupLasso`, `GroupMCP`, `GroupEnvelope`, ..., or None (plain SGD).
         momentum: in [0, 1).
         epsilon: in [0, 1); larger removes more.
-        start: number of steps after which half-space steps begin; None waits for `half_space()`, as compiled and
-            captured steps do. A step that a GradScaler skips counts only where its flag lies on a device.
+        start: number of steps after which half-space steps begin; None waits for `half_space()`. Steps that a
+            GradScaler skips do not count; compiled and captured ones cannot, and are refused before `start` and `end`.
+        end: number of steps after which at most k groups per tensor are left, >= 1 and >= start; None waits for
+            `keep_top()`.
+        k: number of groups that a tensor keeps, >= 1 (all, if it has fewer); None: that of `reg` (`GroupEnvelope`).
 
     Raises:
-        ValueError, TypeError: a parameter out of its range; nothing was changed.
+        ValueError, TypeError: a parameter out of its range, or end without a k; nothing was changed.
+        NotImplementedError: end with a sharded parameter.
 
     >>> p = torch.nn.Parameter(torch.tensor([[0.1, 0.1], [1.0, 1.0]]))
     >>> optimizer = HSPG([p], lr=0.5, reg=GroupLasso(0.2, weight="none"))
@@ -113,6 +121,8 @@ class HSPG(SparseOptimizer):
         momentum: float = 0.0,
         epsilon: float = 0.0,
         start: int | None = None,
+        end: int | None = None,
+        k: int | None = None,
         *,
         maximize: bool = False,
         fused: bool | None = None,
@@ -121,33 +131,58 @@ class HSPG(SparseOptimizer):
         capturable: bool = False,
     ) -> None:
         defaults: dict[str, Any] = dict(lr=lr, reg=reg, momentum=momentum, epsilon=epsilon, start=start)
-        defaults |= dict(steps=0, projecting=False)
+        defaults |= dict(end=end, k=k)
         super().__init__(params, defaults, maximize, fused, count_nonzeros, check_finite, capturable)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if isinstance(param_group, dict):
+            _begin(param_group)
+        super().add_param_group(param_group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            _begin(group)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_momentum("HSPG", group["momentum"])
         check_number("HSPG", "epsilon", group["epsilon"])
         if group["epsilon"] >= 1:
             raise ValueError(f"HSPG: epsilon must be < 1, got {group['epsilon']!r}")
-        start, reg = group["start"], group["reg"]
-        if start is not None and (isinstance(start, bool) or not isinstance(start, int) or start < 0):
-            raise ValueError(f"HSPG: start must be a number of steps >= 0, or None, got {start!r}")
+        start, end, reg = group["start"], group["end"], group["reg"]
+        _check_count("HSPG", "start", start, "steps", 0)
+        _check_count("HSPG", "end", end, "steps", 1)
+        _check_count("HSPG", "k", group["k"], "groups", 1)
+        if start is not None and end is not None and end < start:
+            raise ValueError(f"HSPG: end must be >= start, got end={end!r}, start={start!r}")
         if reg is not None and (reg.elementwise is not None or (reg.radial is None and not hasattr(reg, "groups"))):
             raise ValueError(f"HSPG: reg must penalize groups alone, such as GroupLasso, got {type(reg).__name__}")
+        if end is not None and reg is not None and group["params"] and _most(group) is None:
+            raise ValueError(f"HSPG: end={end!r} needs k, the number of groups to keep: {type(reg).__name__} has none")
         if group["fused"] and reg is not None and (why := why_no_half_space(reg)):
             raise RuntimeError(f"HSPG: fused=True, but {why}")
 
     def _rule(self, group: dict[str, Any]) -> Rule:
-        return _HALF_SPACE if group["projecting"] else _PROX
+        return _HALF_SPACE if group.get("projecting") or group["start"] == 0 else _PROX
 
     def _check(self, group: dict[str, Any]) -> None:
         super()._check(group)
-        if not group["projecting"]:  # what the second phase refuses is refused from the start
+        if not group.get("projecting"):  # what the second phase refuses is refused from the start
             super()._check({**group, "projecting": True})
+        if group["end"] is not None and group["reg"] is not None:
+            self._check_whole(f"HSPG: end={group['end']!r}", group)
 
-    def _check_traced(self, group: dict[str, Any]) -> None:
-        if group["start"] is not None:
-            raise RuntimeError("a compiled step does not count toward HSPG's start: call half_space() when it is time")
+    def _check_whole(self, owner: str, group: dict[str, Any]) -> None:
+        for index, param in enumerate(group["params"]):
+            if is_sharded(param):
+                raise NotImplementedError(
+                    f"{owner}: {self._describe(group, index)} is sharded, and groups of a DTensor are not compared"
+                )
+
+    def _check_traced(self, group: dict[str, Any], how: str = "compiled") -> None:
+        for name, call in (("start", "half_space()"), ("end", "keep_top(k)")):
+            if group[name]:  # at start=0 there is nothing to count
+                raise RuntimeError(f"a {how} step does not count toward HSPG's {name}: call {call} when it is time")
 
     def half_space(self, on: bool = True) -> None:
         """Begin (or leave) the second phase, in all groups of parameters; from now on, `start` does nothing."""
@@ -155,43 +190,94 @@ class HSPG(SparseOptimizer):
             group["projecting"], group["start"] = on, None
 
     def _step(self) -> bool:
+        if is_capturing():
+            for group in self.param_groups:
+                self._check_traced(group, "captured")
         for group in self.param_groups:
-            if group["start"] is not None and group["steps"] >= group["start"]:
+            if _reached(group, "start"):
                 group["projecting"], group["start"] = True, None
+        found_inf = getattr(self, "found_inf", None)
         stepped = super()._step()
         for group in self.param_groups:
             group["steps"] += stepped
+            if stepped and found_inf is not None and (group["start"], group["end"]) != (None, None):
+                group["skipped"] = group["skipped"] + (found_inf != 0).reshape(())
+        if ending := [group for group in self.param_groups if _reached(group, "end")]:
+            self._keep_top("HSPG", ending)
+            for group in ending:
+                group["end"] = None
         return stepped
 
+    def state_dict(self) -> dict[str, Any]:
+        """As of every optimizer here; steps are those that were taken."""
+        for group in self.param_groups:
+            _settle(group)
+        return super().state_dict()
+
     @torch.no_grad()
-    def keep_top(self, k: int) -> None:
+    def keep_top(self, k: int | None = None) -> None:
         """Keep the k groups of largest norm of every tensor with a regularizer, and mask the others for good.
 
-        Does not wait for the device. Groups that were masked before stay so.
+        Does not wait for the device. Groups that were masked before stay so. A tensor with fewer groups keeps them all.
+
+        Args:
+            k: number of groups; None: that of each parameter group, or of its regularizer.
 
         Raises:
-            ValueError: k is not a positive number, or more than a tensor's groups; nothing was changed.
-            NotImplementedError: a sharded parameter.
+            ValueError: k is not a positive number, or None where there is none; nothing was changed.
+            NotImplementedError: a sharded parameter; nothing was changed.
         """
-        chosen = [(param, group["reg"]) for group in self.param_groups if group["reg"] for param in group["params"]]
-        for param, reg in chosen:
-            count = reg.group_norms(local(param)).numel()
-            if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= count:
-                where = self._describe_param(param)
-                raise ValueError(
-                    f"keep_top: k must be between 1 and the number of groups, {count}, got {k!r} ({where})"
-                )
-            if is_sharded(param):
-                where = self._describe_param(param)
-                raise NotImplementedError(
-                    f"keep_top: the groups of sharded parameters (DTensor) are not compared ({where})"
-                )
-        for param, reg in chosen:
-            norms = reg.group_norms(param.detach().to(reference.state_dtype(param)))
-            keep = torch.zeros_like(norms, dtype=torch.bool).view(-1)
-            keep[norms.flatten().topk(k).indices] = True
-            mask, known = keep.view(norms.shape).expand(param.shape), self.get_mask(param)
-            self.set_mask(param, (mask & known) if known is not None else mask.contiguous())
+        _check_count("keep_top", "k", k, "groups", 1)
+        self._keep_top("keep_top", self.param_groups, k)
+
+    def _keep_top(self, owner: str, groups: list[dict[str, Any]], k: int | None = None) -> None:
+        groups = [group for group in groups if group["reg"] is not None and group["params"]]
+        for group in groups:
+            self._check_whole(owner, group)
+            if k is None and _most(group) is None:
+                reg = type(group["reg"]).__name__
+                raise ValueError(f"{owner}: no k for {self._describe(group, 0)}: neither its group nor {reg} has one")
+        for group in groups:
+            most = _most(group) if k is None else k
+            for param in group["params"]:
+                if not param.numel():
+                    continue
+                norms = group["reg"].group_norms(param.detach().to(reference.state_dtype(param)))
+                first = norms.flatten().argsort(descending=True, stable=True)[:most]  # ties: the same on every device
+                keep = torch.zeros(norms.numel(), dtype=torch.bool, device=norms.device).scatter_(0, first, True)
+                mask, known = keep.view(norms.shape).expand(param.shape), self.get_mask(param)
+                self.set_mask(param, (mask & known) if known is not None else mask.contiguous())
+
+
+def _check_count(owner: str, name: str, value: Any, what: str, least: int) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+        raise ValueError(f"{owner}: {name} must be a number of {what} >= {least}, or None, got {value!r}")
+
+
+def _begin(group: dict[str, Any]) -> None:
+    """How far a group of parameters is, which is none of the options in `defaults`."""
+    for name, value in (("steps", 0), ("skipped", 0), ("projecting", False)):
+        group.setdefault(name, value)
+
+
+def _most(group: dict[str, Any]) -> int | None:
+    """How many groups each tensor keeps; None where nobody says."""
+    most: int | None = getattr(group["reg"], "k", None) if group["k"] is None else group["k"]
+    return most
+
+
+def _settle(group: dict[str, Any]) -> None:
+    """Makes `steps` those that were taken: until then, those that a flag on the device skipped are counted there."""
+    if torch.is_tensor(group["skipped"]):
+        group["steps"], group["skipped"] = group["steps"] - int(group["skipped"]), 0
+
+
+def _reached(group: dict[str, Any], name: str) -> bool:
+    """Whether it is `start` or `end`; reads the device only where as many steps were tried."""
+    if group[name] is None or group["steps"] < group[name]:
+        return False
+    _settle(group)
+    return bool(group["steps"] >= group[name])
 
 
 _PROX, _HALF_SPACE = ProxSGDMomentumRule(), HalfSpaceRule()
