@@ -92,6 +92,13 @@ def step_bytes(optimizer: bc.SparseOptimizer, param: Tensor) -> int:
     return param.element_size() * (2 + reads_param) + wide * (2 * len(slots) - rule.fixed_slots)
 
 
+def takes(title: str, penalty: str) -> bool:
+    """Whether one of our optimizers is run with a penalty: HSPG takes groups alone, SINGULAR is for ProxSGD."""
+    if penalty in SINGULAR:
+        return title == "ProxSGD"
+    return title != "HSPG" or penalty.startswith("group")
+
+
 def ours(
     device: str,
     dtype: torch.dtype,
@@ -105,8 +112,8 @@ def ours(
     found = []
     for driver in drivers:
         for title, new in optimizers.items():
-            for penalty, reg in (PENALTIES | SINGULAR if title == "ProxSGD" else PENALTIES).items():
-                if title == "HSPG" and not penalty.startswith("group"):
+            for penalty, reg in (PENALTIES | SINGULAR).items():
+                if not takes(title, penalty):
                     continue
                 kernels = driver == "kernels"
 

@@ -116,6 +116,14 @@ class _Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def is_launch(event: Any) -> bool:
+    """Whether an event of the profiler is a kernel: it also lists copies, fills and spans such as Optimizer.step#X.step
+    as the device's. Names with a # are no sign of a span: those of torch's own kernels have it, {lambda()#1}."""
+    if getattr(event, "is_user_annotation", False) or event.name.startswith(("Memcpy", "Memset", "Optimizer.")):
+        return False
+    return event.device_type == torch.autograd.DeviceType.CUDA
+
+
 def count_calls(step: Callable[[], Any], device: str) -> int:
     """Kernel launches of one step as the profiler sees them on a GPU, calls of operators on the CPU."""
     if device != "cuda":
@@ -126,8 +134,7 @@ def count_calls(step: Callable[[], Any], device: str) -> int:
     with torch.profiler.profile(activities=activities) as profile:
         step()
         wait(device)
-    events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    return sum(1 for e in events if not e.name.startswith(("Memcpy", "Memset")))
+    return sum(map(is_launch, profile.events()))
 
 
 def host_seconds(contestant: Contestant, sizes: list[shapes.Shape], device: str, dtype: torch.dtype) -> float:

@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 import torch
-from contestants import OURS, PENALTIES
+from contestants import OURS, PENALTIES, takes
 from torch import Tensor
 
 import bregman_cuda as bc
@@ -46,6 +46,8 @@ def main() -> int:
     wrong = 0
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     for (title, new), (penalty, reg), dtype in itertools.product(OURS.items(), PENALTIES.items(), dtypes):
+        if not takes(title, penalty):
+            continue
         # The order of a sum over a group is the kernel's own.
         tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 1e-2)
         for a, b in zip(steps(new, reg, dtype, True), steps(new, reg, dtype, False), strict=True):

@@ -50,12 +50,29 @@ def tiny() -> list[Shape]:
     return [(2, 4)] * 500
 
 
+def thousand() -> list[Shape]:
+    """1,000 matrices of 64 elements: for host time."""
+    return [(8, 8)] * 1000
+
+
 def large() -> list[Shape]:
     """16 matrices, 268,435,456 parameters: enough to see a GPU's bandwidth."""
     return [(4096, 4096)] * 16
 
 
-SETS = {"resnet18": resnet18, "resnet50": resnet50, "gpt2": gpt2_small, "tiny": tiny, "large": large}
+SETS = {
+    "resnet18": resnet18,
+    "resnet50": resnet50,
+    "gpt2": gpt2_small,
+    "tiny": tiny,
+    "large": large,
+    "thousand": thousand,
+}
+
+
+def usual(device: str) -> list[str]:
+    """The sets that a device can bear, without `thousand`, which is asked for by name."""
+    return [name for name in SETS if name != "thousand" and (name != "large" or device == "cuda")]
 
 
 def numel(shapes: list[Shape]) -> int:

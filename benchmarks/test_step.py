@@ -18,7 +18,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EVERYONE = contestants.torchs(torch.float32) + contestants.ours(DEVICE, torch.float32) + peers.peers(torch.float32)
 
 
-@pytest.mark.parametrize("name", [name for name in shapes.SETS if name != "large" or DEVICE == "cuda"])
+@pytest.mark.parametrize("name", shapes.usual(DEVICE))
 @pytest.mark.parametrize("contestant", EVERYONE, ids=lambda c: c.name)
 def test_step(benchmark, name, contestant):
     sizes = shapes.SETS[name]()

@@ -42,11 +42,27 @@ OTHERS: dict[str, Callable[..., bc.SparseOptimizer]] = {
     "RAMDA momentum=1": lambda groups, **kw: bc.RAMDA(groups, lr=1e-3, momentum=1.0, **kw),
     "SplitLBI": lambda groups, **kw: bc.SplitLBI(groups, lr=1e-3, **kw),
 }
-EVERYONE = field.OURS | OTHERS
+
+
+def masked(groups: Any, **kw: Any) -> bc.SparseOptimizer:
+    """Every other element is held at zero."""
+    optimizer = OTHERS["ProxSGD momentum"](groups, **kw)
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        optimizer.set_mask(p, torch.arange(p.numel()).view(p.shape) % 2 > 0)
+    return optimizer
+
+
+# Steps that move more than their rule declares: the optimizer, the penalty of the weights, and the bytes beside. A mask
+# is a bit; groups that share k are visited again, which reads parameter (bf16: its master copy) and momentum, in fp32.
+VARIANTS: dict[str, tuple[Callable[..., bc.SparseOptimizer], bc.Regularizer, float]] = {
+    "ProxSGD momentum masked": (masked, bc.GroupLasso(1e-3), 1 / 8),
+    "ProxSGD momentum envelope": (OTHERS["ProxSGD momentum"], bc.GroupEnvelope(1e-3, k=1), 8),
+}
+EVERYONE = field.OURS | OTHERS | {title: new for title, (new, *_) in VARIANTS.items()}
 
 # Bytes per parameter of the best fused step, for fp32 and for bf16 parameters (with an fp32 master copy where the
 # parameter is carried as state), as (reads + writes). g: gradient, p: parameter, w: master; others are fp32 state.
-LEAST: dict[str, tuple[int, int]] = {
+LEAST: dict[str, tuple[float, float]] = {
     # The dual is the master: g v (m) (s) -> v (m) (s) p. Research notes on structured optimizers, section 5, last rows.
     "LinBreg": (16, 12),
     "LinBreg momentum": (24, 20),
@@ -55,6 +71,9 @@ LEAST: dict[str, tuple[int, int]] = {
     "ProxSGD": (12, 12),
     "ProxSGD momentum": (20, 20),
     "HSPG": (20, 20),
+    # The same table: RigL's, with the mask in bits; WGSEF's, norms first, then scale: p g v -> v; p v -> p.
+    "ProxSGD momentum masked": (20.125, 20.125),
+    "ProxSGD momentum envelope": (28, 28),
     "AveragedProxSGD": (28, 28),
     "ProxAdam": (28, 28),
     "ProxAdam AMSGrad": (36, 36),
@@ -89,15 +108,26 @@ def counted(title: str, dtype: torch.dtype) -> Row:
     probe = torch.zeros(1, dtype=dtype)
     optimizer = EVERYONE[title]([probe])
     found, least = field.step_bytes(optimizer, probe), LEAST[title][DTYPES.index(str(dtype).removeprefix("torch."))]
+    if title in VARIANTS:
+        found += VARIANTS[title][2]
     if isinstance(optimizer, bc.HSPG):
         optimizer.half_space()
     rule = optimizer._rule(optimizer.param_groups[0])
     return {"optimizer": title, "rule": rule.name, "metric": rule.metric, "bytes": found, "least": least}
 
 
+def variant(title: str, dtype: torch.dtype) -> field.Contestant:
+    """A step with its own penalty, on parameters of its own: a mask erases some."""
+    new, reg, _ = VARIANTS[title]
+    make = lambda params: new(field.groups_of(params, reg), fused=True)  # noqa: E731
+    return field.Contestant(title, "its own", "cpu", counted(title, dtype)["bytes"], make, shared=False)
+
+
 def timed(dtype: torch.dtype, penalty: str, sizes: list[shapes.Shape], seconds: float) -> dict[str, Row]:
     """Time of every optimizer that takes the penalty, and over that of the yardsticks in the same rounds, by byte."""
-    entrants = [c for c in field.ours("cpu", dtype, ("kernels",), EVERYONE) if c.penalty == penalty]
+    entrants = [c for c in field.ours("cpu", dtype, ("kernels",), field.OURS | OTHERS) if c.penalty == penalty]
+    if penalty != "l1":
+        entrants += [variant(title, dtype) for title in VARIANTS]
     results, _ = measure.compare(entrants, sizes, "cpu", dtype, seconds)
     by_title = {r.contestant.optimizer: r for r in results}
     numel = shapes.numel(sizes)
@@ -133,7 +163,7 @@ def run(args: argparse.Namespace) -> list[Row]:
             rows += [
                 {"dtype": name, "penalty": penalty, **row, **times[row["optimizer"]]}
                 for row in rule_rows
-                if row["optimizer"] in times  # HSPG takes groups alone
+                if row["optimizer"] in times  # HSPG and the variants take groups alone
             ]
     for row in rows:
         row["ratio"] = row["bytes"] / row["least"]

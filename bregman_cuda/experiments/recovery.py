@@ -17,7 +17,7 @@ from torch import Tensor
 import bregman_cuda as bc
 
 STEPS = 4000
-Make = Callable[[torch.nn.Parameter], bc.SparseOptimizer]
+Make = Callable[[torch.nn.Parameter], bc.SparseOptimizer | bc.RigL]
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,12 @@ def planted(by_rows: bool, noise: float = 0.5) -> Problem:
     return Problem(x, x @ truth.view(-1) + noise * torch.randn(200, generator=generator), truth)
 
 
+def rigl(p: torch.nn.Parameter, seed: int = 0) -> bc.RigL:
+    """6 of 40 weights from a random start, under gradient descent without a penalty; the last masks stay."""
+    generator = torch.Generator().manual_seed(seed)
+    return bc.RigL([p], bc.ProxSGD([p], 0.1), density=0.15, every=10, end=1000, generator=generator)
+
+
 ENTRIES: dict[str, Make] = {
     "LinBreg, L1": lambda p: bc.LinBreg([p], 0.01, bc.L1(2.0)),
     "LinBreg momentum, L1": lambda p: bc.LinBreg([p], 0.01, bc.L1(2.0), momentum=0.9),
@@ -56,21 +62,33 @@ ENTRIES: dict[str, Make] = {
     "ProxSGD, LTwoThirds": lambda p: bc.ProxSGD([p], 0.4, bc.LTwoThirds(0.15)),
     "ProxSGD, MCP": lambda p: bc.ProxSGD([p], 0.1, bc.MCP(0.3, 2.0)),
     "ProxSGD, SCAD": lambda p: bc.ProxSGD([p], 0.1, bc.SCAD(0.3, 3.7)),
+    "AveragedProxSGD, L1": lambda p: bc.AveragedProxSGD([p], 0.06, bc.L1(0.3)),
+    "AveragedProxSGD lr=1, L1": lambda p: bc.AveragedProxSGD([p], 1.0, bc.L1(0.3), powers=(0.0, 0.5)),
     "ProxAdam, L1": lambda p: bc.ProxAdam([p], 0.02, bc.L1(0.3)),
+    "ProxAdam AMSGrad, L1": lambda p: bc.ProxAdam([p], 0.02, bc.L1(0.3), amsgrad=True),
     "RMDA, L1": lambda p: bc.RMDA([p], 0.1, bc.L1(0.3), momentum=0.1),
     "RAMDA, L1": lambda p: bc.RAMDA([p], 0.1, bc.L1(0.3), momentum=0.1),
     "SplitLBI, L1": lambda p: bc.SplitLBI([p], 0.01, bc.L1(1.0), mu=10.0),
     "SplitLBI momentum, L1": lambda p: bc.SplitLBI([p], 0.001, bc.L1(0.1), mu=10.0, momentum=0.9),
+    "RigL, 6 weights": rigl,
 }
 ROWS: dict[str, Make] = {
     "LinBreg, GroupLasso": lambda p: bc.LinBreg([p], 0.01, bc.GroupLasso(1.0)),
     "AdaBreg, GroupLasso": lambda p: bc.AdaBreg([p], 0.001, bc.GroupLasso(0.3)),
     "ProxSGD, GroupLasso": lambda p: bc.ProxSGD([p], 0.1, bc.GroupLasso(0.3)),
+    "ProxSGD, SparseGroupLasso": lambda p: bc.ProxSGD([p], 0.1, bc.SparseGroupLasso(0.3, 0.5)),
+    "ProxSGD, GroupL0": lambda p: bc.ProxSGD([p], 0.4, bc.GroupL0(0.1)),
+    "ProxSGD, GroupLHalf": lambda p: bc.ProxSGD([p], 0.4, bc.GroupLHalf(0.1)),
+    "ProxSGD, GroupLTwoThirds": lambda p: bc.ProxSGD([p], 0.4, bc.GroupLTwoThirds(0.15)),
     "ProxSGD, GroupMCP": lambda p: bc.ProxSGD([p], 0.1, bc.GroupMCP(0.3, 4.0)),
+    "ProxSGD, GroupSCAD": lambda p: bc.ProxSGD([p], 0.1, bc.GroupSCAD(0.3, 3.7)),
     "ProxSGD, GroupEnvelope": lambda p: bc.ProxSGD([p], 0.1, bc.GroupEnvelope(0.1, 3)),
+    "AveragedProxSGD lr=1, GroupLasso": lambda p: bc.AveragedProxSGD([p], 1.0, bc.GroupLasso(0.3), powers=(0.0, 0.5)),
     "ProxAdam, GroupLasso": lambda p: bc.ProxAdam([p], 0.02, bc.GroupLasso(0.3)),
+    "ProxAdam AMSGrad, GroupLasso": lambda p: bc.ProxAdam([p], 0.02, bc.GroupLasso(0.3), amsgrad=True),
     "RMDA, GroupLasso": lambda p: bc.RMDA([p], 0.1, bc.GroupLasso(0.3), momentum=0.1),
     "RAMDA, GroupLasso": lambda p: bc.RAMDA([p], 0.1, bc.GroupLasso(0.3), momentum=0.1),
+    "RAMDA pg, GroupLasso": lambda p: bc.RAMDA([p], 0.1, bc.GroupLasso(0.3), momentum=0.1, solver="pg"),
     "SplitLBI, GroupLasso": lambda p: bc.SplitLBI([p], 0.01, bc.GroupLasso(0.5), mu=10.0),
     "HSPG, GroupLasso": lambda p: bc.HSPG([p], 0.1, bc.GroupLasso(0.1), epsilon=0.0, start=200),
     "HSPG, GroupEnvelope": lambda p: bc.HSPG([p], 0.1, bc.GroupEnvelope(0.1, 3), epsilon=0.5, start=200),
@@ -80,13 +98,15 @@ ROWS: dict[str, Make] = {
 def run(make: Make, problem: Problem, steps: int = STEPS, fused: bool | None = None) -> tuple[int | None, int, bool]:
     """First step at which the support is the true one (None: never), the number of such steps, whether it ends so."""
     p = torch.nn.Parameter(torch.zeros(10, 4))
-    optimizer = make(p)
+    stepper = make(p)
+    optimizer = stepper.optimizer if isinstance(stepper, bc.RigL) else stepper
+    assert isinstance(optimizer, bc.SparseOptimizer)
     for group in optimizer.param_groups:
         group["fused"] = fused
     first, right, found = None, 0, False
     for step in range(1, steps + 1):
         p.grad = problem.gradient(p.detach())
-        optimizer.step()
+        stepper.step()
         found = torch.equal(optimizer.prox_point(p) != 0, problem.truth != 0)
         right += found
         if found and first is None:
