@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+
+def number_like(value: Any, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A number or tensor on x's device, in its dtype or another; numbers without a copy from the host, which graphs
+    cannot capture."""
+    if torch.is_tensor(value) and (value.device == x.device or value.numel() > 1):
+        return value.to(x.device, dtype or x.dtype)
+    return torch.full((), float(value), dtype=dtype or x.dtype, device=x.device)
 
 
 def square_root(x: Tensor) -> Tensor:

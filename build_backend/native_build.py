@@ -183,9 +183,13 @@ class NativeBuild:
         return [*cxx.command, *users, *CXX_FLAGS, *optional, *self._includes(torch)]
 
     def _nvcc_command(self, nvcc: Nvcc, cxx: Cxx, archs: list[str]) -> list[str]:
-        threads = max(1, self.workers // len(self._sources(CUDA_SOURCES)))  # spare CPUs: architectures at once
+        # Spare CPUs take architectures at once, and the kernels of a file, of which one has most.
+        threads = max(1, self.workers // len(self._sources(CUDA_SOURCES)))
+        parallel = [f"--threads={min(threads, len(archs))}"]
+        if float(nvcc.release) >= 12.1 and self.workers > len(archs):
+            parallel.append(f"--split-compile={self.workers // len(archs)}")
         host = [f"-ccbin={cxx.command[0]}"] if self.env.get("CXX") else []
-        return [nvcc.path, *NVCC_FLAGS, *gencode_flags(archs), *host, f"--threads={threads}", "-Icsrc"]
+        return [nvcc.path, *NVCC_FLAGS, *gencode_flags(archs), *host, *parallel, "-Icsrc"]
 
     def _includes(self, torch: Torch) -> list[str]:
         # The version is part of the command so that an upgraded torch recompiles.

@@ -61,12 +61,7 @@ def assert_same(first, second) -> None:
 
 @pytest.mark.parametrize(
     ("rule", "reg"),
-    [
-        (rule, reg)
-        for rule in registry.EVERY_RULE
-        for name, reg in REGS.items()
-        if registry.takes(rule, name)
-    ],
+    [(rule, reg) for rule in registry.EVERY_RULE for name, reg in REGS.items() if registry.takes(rule, name)],
     ids=str,
 )
 def test_a_compiled_step_is_the_eager_one(rule, reg):

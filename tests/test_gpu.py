@@ -8,7 +8,7 @@ import torch
 from harness import Problem, assert_same, run, same_bits, true_counts
 from test_kernels import tolerance
 
-from bregman_cuda import L1, AdaBreg, GroupLasso, LinBreg, _backend
+from bregman_cuda import L1, AdaBreg, GroupEnvelope, GroupLasso, LinBreg, _backend
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,7 +29,8 @@ def check(problem: Problem) -> None:
     assert_same(got, want, tolerance(problem, want), lambda i: f"{i} of shape {problem.shapes[i]}")
     reg = problem.reg()
     counted = [i for i in range(len(got.params)) if reg is not None or "mask" in got.states[i]]
-    assert got.counts == [true_counts(got.params[i], reg) for i in counted or range(len(got.params))]
+    sparse = [got.optimizer.prox_point(p) for p in got.optimizer.param_groups[0]["params"]]
+    assert got.counts == [true_counts(sparse[i], reg) for i in counted or range(len(got.params))]
 
 
 @pytest.mark.parametrize("dtype", registry.DTYPES, ids=str)
@@ -68,12 +69,25 @@ def test_runs_on_the_current_stream():
     assert bool((result == 1.5).all())
 
 
-@pytest.mark.parametrize("reg", ["l1", "group_out", "group_in"])
-def test_one_launch_per_group_and_no_wait(reg):
-    """500 tensors in each of two groups: two kernels, and no call that waits for the device."""
+LAUNCHES = [
+    *(("adabreg", reg, 1) for reg in ("l1", "group_out", "group_in")),
+    ("linbreg", "l1", 1),
+    ("proxadam", "group_in", 1),
+    ("rmda", "group_out", 1),
+    ("ramda", "group_out", 1),
+    ("splitlbi_nesterov", "group_out", 1),
+    ("hspg", "group_out", 1),
+    ("proxsgd_momentum", "envelope", 3),
+]
+
+
+@pytest.mark.parametrize(("rule", "reg", "launches"), LAUNCHES)
+def test_launches_per_group_and_no_wait(rule, reg, launches):
+    """500 tensors in each of two groups: so many kernels for each, and no call that waits for the device."""
     params = [torch.nn.Parameter(torch.randn(4, 3 + i % 5, device="cuda")) for i in range(1000)]
     groups = [{"params": params[:500]}, {"params": params[500:], "lr": 0.2}]
-    optimizer = AdaBreg(groups, reg=registry.REGULARIZERS[reg](), fused=True, count_nonzeros=True)
+    penalty = GroupEnvelope(0.1, k=2) if reg == "envelope" else registry.REGULARIZERS[reg]()
+    optimizer = registry.EVERY_RULE[rule].make(groups, penalty, fused=True, count_nonzeros=True)
     for p in params:
         p.grad = torch.randn_like(p)
     optimizer.step()
@@ -83,16 +97,16 @@ def test_one_launch_per_group_and_no_wait(reg):
     ) as profile:
         optimizer.step()
         torch.cuda.synchronize()
-    on_device = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    kernels = [e.name for e in on_device if "memcpy" not in e.name.lower() and "memset" not in e.name.lower()]
-    assert len(kernels) == 2, kernels
+    on_device = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [name for name in on_device if not name.startswith(("Memcpy", "Memset", "Optimizer."))]
+    assert len(kernels) == 2 * launches, kernels
     torch.cuda.set_sync_debug_mode("error")
     try:
         optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     report = optimizer.density()
-    assert [r.nonzeros for r in report.rows] == [int(torch.count_nonzero(p)) for p in params]
+    assert [r.nonzeros for r in report.rows] == [int(torch.count_nonzero(optimizer.prox_point(p))) for p in params]
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -112,6 +126,7 @@ def test_a_captured_step_replays(rule, fused):
         options = {**registry.RULES[rule].options, "lr": lr}
         optimizer = registry.RULES[rule].optimizer(params, reg=L1(lam), capturable=True, fused=fused, **options)
         stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             optimizer.step()
         torch.cuda.current_stream().wait_stream(stream)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .._math import number_like
 from ._masks import unpack
 from ._plan import Bucket, GroupPlan
 from ._rule import Hyper, Rule
@@ -46,7 +47,7 @@ class CutBucket(Bucket):
         rule, parts = self.rule, {slot: local(value) for slot, value in state.items()}
         mask = unpack(parts["mask"], param) if "mask" in parts else None
         z, step, before, grad = reference.advance(rule, h, param, grad, parts, mask, grad_scale)
-        scale = torch.as_tensor(step, dtype=z.dtype, device=z.device)
+        scale = number_like(step, z)
         x = reg._prox_of_elements(z, scale)
 
         def finish(squares: Tensor) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._math import number_like
 from ..regularizers import Regularizer
 
 
@@ -62,5 +63,5 @@ def proximal_gradient(
             ended = ended | ((before - value) / (value.abs() + 1) < rtol)
             if readable and bool(ended):
                 break
-    weight = torch.as_tensor(alpha * getattr(reg, "lam", 1.0), device=z.device)
+    weight = alpha * number_like(getattr(reg, "lam", 1.0), z)
     return torch.where(weight == 0, z, y)  # without a penalty the minimum is known

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from .._backend import why_no_half_space
+from .._math import number_like
 from ..regularizers import Regularizer
 from ..regularizers._base import check_number
 from ._base import SparseOptimizer, is_capturing
@@ -62,9 +63,9 @@ def half_space_step(reg: Regularizer, z: Tensor, p: Tensor, lr: Any, epsilon: An
         x = z - reg.subgradient(p) * lr
         left = total(x.double() * p.double()) < epsilon * squares
         return torch.where((squares == 0) | left, z - z, x)
-    weight = torch.as_tensor(reg.group_weight(p.shape), dtype=p.dtype, device=p.device)
-    level, bend = (torch.as_tensor(v, dtype=p.dtype, device=p.device) * weight for v in line)
-    norms, lr, epsilon = squares.sqrt(), *(torch.as_tensor(v, dtype=p.dtype, device=p.device) for v in (lr, epsilon))
+    weight = number_like(reg.group_weight(p.shape), p)
+    level, bend = (number_like(v, p) * weight for v in line)
+    norms, lr, epsilon = squares.sqrt(), *(number_like(v, p) for v in (lr, epsilon))
     slope = level.double() - bend.double() * norms
     pull = (lr.double() * torch.where(slope > 0, slope, 0.0) / norms).to(p.dtype)
     left = total(z.double() * p.double()) - pull.double() * squares < epsilon.double() * squares

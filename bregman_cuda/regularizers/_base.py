@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Union
 import torch
 from torch import Tensor
 
+from .._math import number_like
 from ._weighted import weighted_group_prox
 
 Step = Union[float, Tensor]
@@ -161,7 +162,7 @@ class Regularizer:
             ValueError: steps per element, and a penalty on group norms whose prox is not known then; or a tensor lam
                 that turned NaN or negative.
         """
-        scale = torch.as_tensor(step, dtype=x.dtype, device=x.device)
+        scale = number_like(step, x)
         per_element = self._per_element(x, step)
         self.check_tensors()
         if torch.is_tensor(factor := self.nan_or_one()):
@@ -171,7 +172,7 @@ class Regularizer:
             dims = self.groups_of(x.shape) or ()
             reduced = [d for d in range(x.ndim) if d not in dims]
             level, slope = self.radial.line(x.dtype) or (0.0, 0.0)
-            level, slope = (torch.as_tensor(v, dtype=x.dtype, device=x.device) for v in (level, slope))
+            level, slope = (number_like(v, x) for v in (level, slope))
             weight = self.group_weight(x.shape) if x.numel() else 1.0
             return weighted_group_prox(x, scale, level * weight, slope * weight, reduced)
         if self.radial is not None and x.numel():

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._math import number_like
+
 
 def weighted_group_prox(x: Tensor, scale: Tensor, level: Any, slope: Any, reduced: list[int]) -> Tensor:
     """argmin_z  phi(||z||) + sum_i (z_i - x_i)^2 / (2 scale_i)  for each group, with phi'(t) = level - slope t.
@@ -25,7 +27,7 @@ def weighted_group_prox(x: Tensor, scale: Tensor, level: Any, slope: Any, reduce
     if not reduced:
         return weighted_group_prox(x.unsqueeze(-1), scale.unsqueeze(-1), level, slope, [x.dim()]).squeeze(-1)
     double = x.dtype == torch.float64
-    level, slope = (torch.as_tensor(value, dtype=x.dtype, device=x.device) for value in (level, slope))
+    level, slope = (number_like(value, x) for value in (level, slope))
 
     def sums(part: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
         square = part.double().square()
@@ -46,8 +48,8 @@ def weighted_group_prox(x: Tensor, scale: Tensor, level: Any, slope: Any, reduce
         q = 1 / (t.to(x.dtype) * rest + level * scale)
         a, b = sums(x * q, q * rest)
         after = t + a * (a.sqrt() - 1) / b
-        exponent = a.float().log2() * (a / (2 * t * b)).float()
-        far = t * torch.where(exponent < 60, exponent, 60).exp2().double()
+        exponent = _rough_log2(a.float()) * (a / (2 * t * b)).float()
+        far = t * _rough_exp2(torch.where(exponent < 60, exponent, 60)).double()
         far = torch.where(far < 1e12 * after, far, 1e12 * after)
         after = torch.where((a > 1) & (far > 4 * after), (after * far).sqrt(), after)
         t = torch.where((t > 0) & (t - t == 0), after, t)
@@ -55,3 +57,15 @@ def weighted_group_prox(x: Tensor, scale: Tensor, level: Any, slope: Any, reduce
     rho = torch.where(rho < 0, 0.0, rho)
     rho = torch.where((wide == 0) & (t == 0), 0.0, rho).to(x.dtype)
     return x / (1 + rho * kept)
+
+
+def _rough_log2(x: Tensor) -> Tensor:
+    bits = x.view(torch.int32)
+    u = ((bits & 0x7FFFFF) | 0x3F800000).view(torch.float32) - 1
+    return ((bits >> 23) - 127).float() + u * (1.4209 + u * (-0.5773 + u * 0.1564))
+
+
+def _rough_exp2(x: Tensor) -> Tensor:
+    whole = x.to(torch.int32)
+    u = x - whole.float()
+    return ((whole + 127) << 23).view(torch.float32) * (1 + u * (0.6959 + u * (0.2249 + u * 0.0791)))

@@ -10,6 +10,7 @@ from typing import Any, Union
 import torch
 from torch import Tensor
 
+from .._math import number_like
 from ._base import Grouped, Regularizer, Step, check_number
 
 _INFINITE = 1e300  # stands for an infinite norm in the sums below, so that no inf - inf or inf / inf arises
@@ -128,7 +129,7 @@ class GroupEnvelope(Grouped):
         norms, decays = [], []
         for x in points:
             norms.append(self.group_norms(x.double()))
-            scale = torch.as_tensor(step, dtype=torch.float64, device=x.device) * self.lam
+            scale = number_like(step, x, torch.float64) * self.lam
             decay = (scale * self._weights(x)).clamp_max(_INFINITE)
             decays.append(decay.expand_as(norms[-1]) if x.numel() else norms[-1])
         norm, decay = (torch.cat([x.flatten() for x in several]) for several in (norms, decays))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._math import clamp
+from .._math import clamp, number_like
 from ._base import Grouped, Separable
 
 
@@ -48,8 +48,8 @@ class MCP(Separable):
 
     def _scalar_prox(self, x: Tensor, scale: Tensor) -> Tensor:
         lam, gamma = (
-            torch.as_tensor(self.lam, dtype=scale.dtype, device=scale.device),
-            torch.as_tensor(self.gamma, dtype=scale.dtype, device=scale.device),
+            number_like(self.lam, scale),
+            number_like(self.gamma, scale),
         )  # in the dtype that kernels use
         a, threshold, flat, slack = x.abs(), scale * lam, lam * gamma, gamma - scale
         convex = slack > 0

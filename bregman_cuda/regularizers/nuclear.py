@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._math import number_like
 from ._base import Regularizer, Step
 
 
@@ -80,7 +81,7 @@ class Nuclear(Regularizer):
             return x
         matrix, finite = self._finite_matrix(x)
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-        threshold = torch.as_tensor(step, dtype=matrix.dtype, device=x.device) * self.lam
+        threshold = number_like(step, matrix) * self.lam
         shrunk = (left * (values - threshold).clamp_min(0)) @ right
         result = torch.where(threshold == 0, self._matrix(x), torch.where(finite, shrunk, torch.nan))
         return torch.empty_like(x).copy_(result.view(x.shape))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._math import clamp
+from .._math import clamp, number_like
 from ._base import Grouped, Separable
 
 
@@ -44,8 +44,8 @@ class SCAD(Separable):
 
     def _scalar_prox(self, x: Tensor, scale: Tensor) -> Tensor:
         lam, b = (
-            torch.as_tensor(self.lam, dtype=scale.dtype, device=scale.device),
-            torch.as_tensor(self.a, dtype=scale.dtype, device=scale.device),
+            number_like(self.lam, scale),
+            number_like(self.a, scale),
         )  # in the dtype that kernels use
         a, threshold, slack, both = x.abs(), scale * lam, (b - 1) - scale, b + 1
         soft = x - clamp(x, -threshold, threshold)

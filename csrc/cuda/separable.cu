@@ -8,27 +8,26 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     separable_kernel(const __grid_constant__ KernelArgs<Rule, compute_t<T>> args) {
   using Part = Tile<Rule, T>;
   constexpr int V = Part::V;
-  Scalars<Rule, compute_t<T>> k;
-  if (!read_scalars(args, k)) return;
+  if (is_skipped(args)) return;
+  const Scalars<Rule, compute_t<T>> k = scalars_of(args);
   const PlanView plan{global(args.plan)};
   const int index = args.first_item + int(blockIdx.x);
   const Item item = plan.items()[index];
   const Part tile(plan.records()[item.tensor], args.grads[item.tensor - args.first_tensor]);
   int count = 0;
-  auto step = [&](auto full, int j, int n) {
+  auto step = [&](auto width, int j) {
+    constexpr int W = width.value;
     const int64_t i = item.begin + j;
-    const uint32_t bits = tile.keep(i);
-    typename Part::C q[V], scale[V];
-    tile.template point<full.value>(i, n, bits, k, true, q, scale);
-    count += __popc(tile.template finish<full.value>(i, n, bits, k, q));
+    const uint32_t bits = tile.template keep<W>(i);
+    typename Part::C q[W], scale[W];
+    tile.point(i, bits, k, true, true, q, scale);
+    count += __popc(tile.finish(i, bits, k, q));
   };
+  const int whole = tile.vectors ? item.count - item.count % V : 0;
 #pragma unroll 1
-  for (int j = int(threadIdx.x) * V; j < item.count; j += kThreads * V) {
-    if (tile.vectors && j + V <= item.count)
-      step(std::true_type{}, j, V);
-    else
-      step(std::false_type{}, j, item.count - j < V ? item.count - j : V);
-  }
+  for (int j = int(threadIdx.x) * V; j < whole; j += kThreads * V) step(Width<V>(), j);
+#pragma unroll 1
+  for (int j = whole + int(threadIdx.x); j < item.count; j += kThreads) step(Width<1>(), j);
   if (args.counts == nullptr) return;
   count = block_sum(count);
   if (threadIdx.x == 0) {

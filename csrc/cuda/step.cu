@@ -18,7 +18,7 @@ cudaError_t step_cuda(const PlanView& plan, const void* device_plan, const void*
 int64_t tile_bytes(int device) {
   int bytes = 48 * 1024;
   if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) (void)cudaGetLastError();
-  return bytes - 10240;  // the per-group arrays and the static ones
+  return bytes - 24576;  // the per-group arrays and the static ones
 }
 
 }  // namespace bregman

@@ -21,30 +21,38 @@ __device__ __forceinline__ Sums from_lane(Sums x, int offset) { return {from_lan
 // Per-group arrays, in front of the points in dynamic shared memory.
 template <class C, bool kPair>
 struct GroupArrays {
+  sums_t<kPair> partial[kThreads];
   sums_t<kPair> sum[kMaxGroups];
-  sums_t<kPair> partial[kWarps];
-  double norm[kPair ? kMaxGroups : 1];
+  double norm[kPair ? kMaxGroups : 2];
   C factor[kMaxGroups];
   int alive[kMaxGroups];
 };
 
-// Where the elements of a tile lie. Indices within a tile fit 32 bits (make_plan refuses others), memory offsets do not.
+// Where the elements of a tile lie. Indices within a tile fit 31 bits (make_plan refuses others), memory offsets do not.
 struct TileGeometry {
-  int64_t base, row_stride, r0_stride, elements;
-  int rows, rows_inner, columns, row, groups;  // row: elements of one group in a row of the tile
+  const TensorRecord& t;
+  int64_t base, row_stride;
+  int row, groups;  // row: elements of one group in a row of the tile
+  bool one_row;
+  Divider by_columns;
 
-  __device__ __forceinline__ TileGeometry(const GroupLayout& g, const Item& item)
-      : row_stride(g.g2 * g.r2), rows(int(g.rows())), rows_inner(int(g.r1)), columns(int(item.count * g.r2)),
-        row(int(g.r2)), groups(item.count) {
+  __device__ __forceinline__ TileGeometry(const TensorRecord& record, const Item& item)
+      : t(record), row_stride(t.layout.g2 * t.layout.r2), row(int(t.layout.r2)), groups(item.count),
+        one_row(t.layout.rows() == 1) {
+    const GroupLayout& g = t.layout;
     const int64_t slab = item.begin / g.g2;
-    r0_stride = g.g1 * g.r1 * row_stride;
-    base = (slab / g.g1) * g.r0 * r0_stride + (slab % g.g1) * g.r1 * row_stride + (item.begin % g.g2) * g.r2;
-    elements = g.rows() * (item.count * g.r2);
+    base = ((slab / g.g1) * g.r0 * g.g1 + slab % g.g1) * g.r1 * row_stride + (item.begin % g.g2) * g.r2;
+    by_columns = t.by_columns[t.by_columns[0].divisor != unsigned(groups * g.r2)];
   }
+  __device__ __forceinline__ int columns() const { return int(by_columns.divisor); }
+  __device__ __forceinline__ int64_t elements() const { return t.layout.group_size() * groups; }
   // Whether every run of V elements from a multiple of V is contiguous and 16-byte aligned in memory.
   __device__ __forceinline__ bool vectors(int v) const {
     if (base % v) return false;
-    return rows == 1 || (columns % v == 0 && row_stride % v == 0);
+    return one_row || (columns() % v == 0 && row_stride % v == 0);
+  }
+  __device__ __forceinline__ int group_at(int column) const {
+    return groups == 1 ? 0 : int(t.by_row.quotient(unsigned(column)));
   }
 };
 
@@ -54,192 +62,241 @@ struct Panel {
   int size, row, column;  // where it begins
 
   __device__ __forceinline__ Panel(const TileGeometry& tile, int64_t begin, int most)
-      : start(begin), size(int(tile.elements - begin < most ? tile.elements - begin : most)), row(0), column(0) {
-    if (tile.rows > 1) {
-      row = int(begin / tile.columns);
-      column = int(begin % tile.columns);
+      : start(begin), size(int(std::min<int64_t>(tile.elements() - begin, most))), row(0), column(0) {
+    if (!tile.one_row && begin) {
+      row = int(begin / tile.columns());
+      column = int(begin % tile.columns());
     }
   }
   // Memory position of the panel's element j, and its column in the tile.
   __device__ __forceinline__ int64_t position(const TileGeometry& tile, int j, int& at) const {
-    if (tile.rows == 1) {
+    if (tile.one_row) {
       at = tile.groups == 1 ? 0 : int(start) + j;
       return tile.base + start + j;
     }
-    const unsigned x = unsigned(column) + unsigned(j), skipped = x / unsigned(tile.columns);
-    const unsigned r = unsigned(row) + skipped, outer = r / unsigned(tile.rows_inner);
-    at = int(x - skipped * unsigned(tile.columns));
-    return tile.base + outer * tile.r0_stride + int64_t(r - outer * unsigned(tile.rows_inner)) * tile.row_stride + at;
+    const unsigned x = unsigned(column + j), skipped = tile.by_columns.quotient(x), r = unsigned(row) + skipped;
+    at = int(x - skipped * unsigned(tile.columns()));
+    int64_t rows = r;
+    if (tile.t.layout.r0 > 1) {  // rows in two levels
+      const unsigned outer = tile.t.by_inner.quotient(r);
+      rows += int64_t(outer) * ((tile.t.layout.g1 - 1) * tile.t.by_inner.divisor);
+    }
+    return tile.base + rows * tile.row_stride + at;
   }
 };
 
-// Adds terms(j, group) of a panel's points to the sums of their groups: a team of neighbouring threads per group, in an
-// order that depends on the panel's shape alone.
-template <class C, bool kPair, class Terms>
-__device__ __forceinline__ void add_sums(int panel, const TileGeometry& tile, GroupArrays<C, kPair>& arrays, bool first,
-                                         Terms terms) {
-  // With a single group a panel may end within a row; it is one run then.
-  const int row = tile.groups == 1 ? panel : tile.row;
-  const int length = tile.groups == 1 ? panel : panel / tile.columns * tile.row;
+// The sum over a team of neighbouring threads, a power of two of them, in its first thread. All threads call it.
+template <class S>
+__device__ __forceinline__ S team_sum(S sum, int team, S* partial) {
+  for (int offset = (team < 32 ? team : 32) / 2; offset > 0; offset /= 2) sum = plus(sum, from_lane(sum, offset));
+  if (team <= 32) return sum;
+  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = sum;
+  __syncthreads();
+  if (int(threadIdx.x) % team == 0) {
+    sum = partial[threadIdx.x / 32];
+    for (int w = 1; w < team / 32; ++w) sum = plus(sum, partial[threadIdx.x / 32 + w]);
+  }
+  __syncthreads();
+  return sum;
+}
+
+// Adds term(j, group), j < length, to the sum of each group: a team per group.
+template <class S, class Term>
+__device__ __forceinline__ void add_teams(int groups, int length, S* partial, S* sums, bool first, Term term) {
   int team = 1;
   while (team < kThreads && team * 8 <= length) team *= 2;
   const int teams = kThreads / team, lane = int(threadIdx.x) % team;
-  for (int start = 0; start < tile.groups; start += teams) {
+  for (int start = 0; start < groups; start += teams) {
     const int group = start + int(threadIdx.x) / team;
-    sums_t<kPair> sum{};
-    if (group < tile.groups)
-      for (int j = lane; j < length; j += team)
-        sum = plus(sum, terms((j / row) * tile.columns + group * tile.row + j % row, group));
-    for (int offset = (team < 32 ? team : 32) / 2; offset > 0; offset /= 2) sum = plus(sum, from_lane(sum, offset));
-    if (team > 32) {
-      if (threadIdx.x % 32 == 0) arrays.partial[threadIdx.x / 32] = sum;
-      __syncthreads();
-      if (lane == 0) {
-        sum = {};
-        for (int w = 0; w < team / 32; ++w) sum = plus(sum, arrays.partial[threadIdx.x / 32 + w]);
-      }
-      __syncthreads();
-    }
-    if (lane == 0 && group < tile.groups) arrays.sum[group] = first ? sum : plus(arrays.sum[group], sum);
+    S sum{};
+    if (group < groups)
+      for (int j = lane; j < length; j += team) sum = plus(sum, term(j, group));
+    sum = team_sum(sum, team, partial);
+    if (lane == 0 && group < groups) sums[group] = first ? sum : plus(sums[group], sum);
   }
 }
 
+// Adds term(j, group) of a panel's elements j to the sums of their groups, in an order that depends on the panel's shape
+// alone. Neighbouring threads read neighbouring elements where they can.
+template <class S, class Term>
+__device__ __forceinline__ void add_panel(int size, const TileGeometry& tile, S* partial, S* sums, bool first, Term term) {
+  const int row = tile.row;
+  if (tile.one_row) {
+    add_teams(tile.groups, row, partial, sums, first, [&](int j, int group) { return term(group * row + j, group); });
+    return;
+  }
+  auto in_rows = [&](int j, int group) {
+    const int above = int(tile.t.by_row.quotient(unsigned(j)));
+    return above * tile.columns() + group * row + (j - above * row);
+  };
+  const int rows = int(tile.by_columns.quotient(unsigned(size)));
+  if (tile.columns() > kThreads) {
+    add_teams(tile.groups, rows * row, partial, sums, first, [&](int j, int group) { return term(in_rows(j, group), group); });
+    return;
+  }
+  // A thread per column walks down the rows; what threads found is added up by teams, none of which exceeds a warp.
+  const int at_once = int(tile.by_columns.quotient(kThreads)), r = int(tile.by_columns.quotient(threadIdx.x));
+  S own{};
+  if (r < at_once) {
+    const int column = int(threadIdx.x) - r * tile.columns(), group = tile.group_at(column);
+    for (int j = int(threadIdx.x); j < size; j += at_once * tile.columns()) own = plus(own, term(j, group));
+  }
+  partial[threadIdx.x] = own;
+  __syncthreads();
+  add_teams(tile.groups, at_once * row, partial, sums, first, [&](int j, int group) { return partial[in_rows(j, group)]; });
+}
+
+// Blocks per multiprocessor that registers have to leave room for: the most without spills (sm_80, sm_90, nvcc 13.0).
+template <class T, bool kShared>
+constexpr int kTileBlocks = sizeof(T) == 8 ? 1 : sizeof(T) == 4 && !kShared ? 3 : 2;
+
 // kShared: one of the two visits of groups that share a budget; between them nothing stays on chip. Kernels of their own,
-// or every group kernel would pay for them in registers, a block per multiprocessor in four cases.
+// or every group kernel would pay for them in registers.
 template <class Rule, class T, bool kShared>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : kMinBlocks) tile_kernel(const __grid_constant__ KernelArgs<Rule, compute_t<T>> args) {
+__global__ void __launch_bounds__(kThreads, kTileBlocks<T, kShared>)
+    tile_kernel(const __grid_constant__ KernelArgs<Rule, compute_t<T>> args) {
   using Part = Tile<Rule, T>;
   using C = typename Part::C;
   constexpr int V = Part::V;
   constexpr bool kPair = kPaired<Rule>;
+  constexpr int kSums = kPair && !Rule::kHalfSpace ? 1 + kRootSteps<C> : 1;  // passes that sum over groups
   using Shared = GroupArrays<C, kPair>;
   BREGMAN_DYNAMIC_SHARED(unsigned char, memory);
   Shared& arrays = *reinterpret_cast<Shared*>(memory);
-  C* z = reinterpret_cast<C*>(memory + sizeof(Shared));
+  C* const z = reinterpret_cast<C*>(memory + sizeof(Shared));
 
-  Scalars<Rule, compute_t<T>> k;
-  if (!read_scalars(args, k)) return;
+  if (is_skipped(args)) return;
+  const Scalars<Rule, C> k = scalars_of(args);
   const PlanView plan{global(args.plan)};
   const int index = args.first_item + int(blockIdx.x);
   const Item item = plan.items()[index];
   const Part part(plan.records()[item.tensor], args.grads[item.tensor - args.first_tensor]);
-  const TileGeometry tile(part.t.layout, item);
-  const bool wide = part.vectors && tile.vectors(V);
-  const int capacity = int(plan.header().tile_capacity);
-  const bool fits = tile.elements <= capacity;
+  const TileGeometry tile(part.t, item);
+  const bool wide = part.vectors && tile.vectors(V), alone = tile.groups == 1;
+  const bool fits = tile.elements() <= plan.header().tile_capacity;
   // Panels are whole rows, or pieces of one row when the tile is a single group.
-  const int panel_size = fits ? int(tile.elements) : tile.groups == 1 ? capacity / V * V : capacity / tile.columns * tile.columns;
+  const int most = int(plan.header().panel);
+  const int panel_size = fits ? int(tile.elements()) : alone ? most / V * V : int(most - most % tile.columns());
+  C* const scales = z + panel_size;
+  auto value_of = [&](int g) -> double& { return global(plan.groups(part.t))[item.begin + g]; };  // where budgets are shared
 
-  // Calls f(full, position, column, j, n) for the elements [j, j + n) of a panel.
+  // Calls f(width, position, column, j) for the elements of a panel, `width` from j on; a thread meets the same ones in
+  // every walk.
   auto walk = [&](const Panel& panel, auto f) {
-    const int stride = wide ? V : 1;
+    int column;
+    const int whole = wide ? panel.size - panel.size % V : 0;
 #pragma unroll 1
-    for (int j = int(threadIdx.x) * stride; j < panel.size; j += kThreads * stride) {
-      int column;
+    for (int j = int(threadIdx.x) * V; j < whole; j += kThreads * V) {
       const int64_t i = panel.position(tile, j, column);
-      if (wide && j + V <= panel.size)
-        f(std::true_type{}, i, column, j, V);
-      else
-        f(std::false_type{}, i, column, j, wide ? panel.size - j : 1);
+      f(Width<V>(), i, column, j);
     }
-  };
-
-  C* scales = z + panel_size;
-  // Sums terms(j, group) over all groups; points that do not stay on chip are computed again.
-  bool loaded = false;
-  auto reduce = [&](auto terms) {
-    for (int64_t start = 0; start < tile.elements; start += panel_size) {
-      const Panel panel(tile, start, panel_size);
-      if (!loaded)
-        walk(panel, [&](auto full, int64_t i, int, int j, int n) {
-          C points[V], scale[V];
-          part.template point<full.value>(i, n, part.keep(i), k, fits || kShared, points, scale);
-#pragma unroll
-          for (int m = 0; m < V; ++m)
-            if (full.value || m < n) {
-              z[j + m] = points[m];
-              if constexpr (kPair) scales[j + m] = scale[m];
-            }
-        });
-      loaded = fits;
-      __syncthreads();
-      add_sums(panel.size, tile, arrays, start == 0, terms);
-      __syncthreads();
+#pragma unroll 1
+    for (int j = whole + int(threadIdx.x); j < panel.size; j += kThreads) {
+      const int64_t i = panel.position(tile, j, column);
+      f(Width<1>(), i, column, j);
     }
-  };
-  auto for_groups = [&](auto f) {
-    for (int g = int(threadIdx.x); g < tile.groups; g += kThreads) f(g);
-    __syncthreads();
   };
 
   Line<C> line{};
   if constexpr (kPair) line_of(k.radial, C(part.t.weight), line);
-  if constexpr (Rule::kHalfSpace) {
-    reduce([&](int j, int) { return half_space_terms(z[j], scales[j]); });
-    for_groups([&](int g) { arrays.factor[g] = half_space_pull(arrays.sum[g], line, k.h.lr, k.h.epsilon); });
-  } else if constexpr (kPair) {
-    reduce([&](int j, int) { return start_terms(z[j], scales[j], line); });
-    for_groups([&](int g) { arrays.norm[g] = root_start(arrays.sum[g], line); });
-#pragma unroll 1
-    for (int step = 0; step < kRootSteps<C>; ++step) {
-      reduce([&](int j, int g) { return step_terms(z[j], scales[j], C(arrays.norm[g]), line); });
-      for_groups([&](int g) { arrays.norm[g] = root_step<C>(arrays.norm[g], arrays.sum[g]); });
-    }
-    for_groups([&](int g) { arrays.factor[g] = root_rho(arrays.norm[g], line); });
-  } else {
-    auto square = [&](int j, int) { return double(z[j]) * double(z[j]); };
-    if constexpr (kShared) {
-      double* values = global(plan.groups(part.t)) + item.begin;
-      if (args.phase == Phase::norms) {
-        reduce(square);
-        for_groups([&](int g) { values[g] = arrays.sum[g]; });
-        if (item.begin == 0 && threadIdx.x == 0) global(plan.decays())[item.tensor] = budget_decay(k, part.t.weight);
-        return;
-      }
-      for_groups([&](int g) { arrays.factor[g] = C(values[g]); });
-    } else {
-      const C scale = uniform_scale<Rule, C>(k.h) * C(part.t.weight);
-      reduce(square);
-      for_groups([&](int g) { arrays.factor[g] = radial_factor<AnyPenalty>(C(square_root(arrays.sum[g])), scale, k.radial); });
-    }
+  const bool second = kShared && args.phase == Phase::scale;
+  for (int g = int(threadIdx.x); g < tile.groups; g += kThreads) {
+    arrays.alive[g] = 0;
+    if (kShared && second) arrays.factor[g] = C(value_of(g));
   }
-  for_groups([&](int g) { arrays.alive[g] = 0; });
+  __syncthreads();
 
   int count = 0;
-  for (int64_t start = 0; start < tile.elements; start += panel_size) {
-    walk(Panel(tile, start, panel_size), [&](auto full, int64_t i, int column, int j, int n) {
-      const uint32_t bits = part.keep(i);
-      C q[V], scale[V];
-      if (fits && !kShared) {
+  bool on_chip = false;
+#pragma unroll 1
+  for (int pass = second ? kSums : 0; pass <= (kShared && !second ? 0 : kSums); ++pass) {
+    const bool writes = pass == kSums;
+    auto terms = [&](C x, C scale, int group) {
+      if constexpr (Rule::kHalfSpace) return half_space_terms(x, scale);
+      else if constexpr (kPair)
+        return pass == 0 ? start_terms(x, scale, line) : step_terms(x, scale, C(arrays.norm[group]), line);
+      else return double(x) * double(x);
+    };
+    sums_t<kPair> own{};  // of a group that has the block for itself
+#pragma unroll 1
+    for (int64_t start = 0; start < tile.elements(); start += panel_size) {
+      const Panel panel(tile, start, panel_size);
+      if (!on_chip)
+        walk(panel, [&](auto width, int64_t i, int, int j) {
+          constexpr int W = width.value;
+          C points[W], scale[W];
+          part.point(i, part.template keep<W>(i), k, !second, !second && (kShared || fits || writes), points, scale);
 #pragma unroll
-        for (int m = 0; m < V; ++m) {
-          q[m] = full.value || m < n ? z[j + m] : C(0);
-          if constexpr (kPair) scale[m] = full.value || m < n ? scales[j + m] : C(0);
-        }
+          for (int m = 0; m < W; ++m) {
+            z[j + m] = points[m];
+            if constexpr (kPair) scales[j + m] = scale[m];
+          }
+        });
+      if (writes) {
+        walk(panel, [&](auto width, int64_t i, int column, int j) {
+          constexpr int W = width.value;
+          // The first group is divided out once; its successors are counted.
+          int group = tile.group_at(column), left = (group + 1) * tile.row - column;
+          int groups_of[W];
+          C q[W];
+#pragma unroll
+          for (int m = 0; m < W; ++m) {
+            groups_of[m] = group;
+            const C x = z[j + m], factor = arrays.factor[group];
+            if constexpr (Rule::kHalfSpace) q[m] = half_space(x, scales[j + m], factor);
+            else if constexpr (kPair) q[m] = shrink_weighted(x, scales[j + m], factor);
+            else q[m] = x * factor;
+            if (!alone && --left == 0) ++group, left = tile.row;
+          }
+          const uint32_t alive = part.finish(i, part.template keep<W>(i), k, q);
+          count += __popc(alive);
+          if (args.counts != nullptr) {
+#pragma unroll
+            for (int m = 0; m < W; ++m)
+              if ((alive >> m) & 1) atomicAdd(&arrays.alive[groups_of[m]], 1);
+          }
+        });
+      } else if (alone) {
+        // Each thread over the elements that it computed, on which nobody has to wait.
+        const int whole = wide ? panel.size - panel.size % V : 0;
+        for (int j = int(threadIdx.x) * V; j < whole; j += kThreads * V)
+#pragma unroll
+          for (int m = 0; m < V; ++m) own = plus(own, terms(z[j + m], kPair ? scales[j + m] : C(0), 0));
+        for (int j = whole + int(threadIdx.x); j < panel.size; j += kThreads)
+          own = plus(own, terms(z[j], kPair ? scales[j] : C(0), 0));
       } else {
-        part.template point<full.value, !kShared>(i, n, bits, k, true, q, scale);
+        __syncthreads();
+        add_panel(panel.size, tile, arrays.partial, arrays.sum, start == 0,
+                  [&](int j, int group) { return terms(z[j], kPair ? scales[j] : C(0), group); });
+        __syncthreads();
       }
-      // The first group is divided out once; its successors are counted.
-      int group = tile.groups == 1 ? 0 : column / tile.row, left = (group + 1) * tile.row - column;
-      int groups_of[V];
-#pragma unroll
-      for (int m = 0; m < V; ++m) {
-        groups_of[m] = group;
-        if (full.value || m < n) {
-          if constexpr (Rule::kHalfSpace) q[m] = half_space(q[m], scale[m], arrays.factor[group]);
-          else if constexpr (kPair) q[m] = shrink_weighted(q[m], scale[m], arrays.factor[group]);
-          else q[m] *= arrays.factor[group];
-        }
-        if (tile.groups > 1 && --left == 0) ++group, left = tile.row;
+    }
+    on_chip = fits;
+    if (writes) break;
+    if (alone) {
+      own = team_sum(own, kThreads, arrays.partial);
+      if (threadIdx.x == 0) arrays.sum[0] = own;
+      __syncthreads();
+    }
+    for (int g = int(threadIdx.x); g < tile.groups; g += kThreads) {
+      const sums_t<kPair> sum = arrays.sum[g];
+      if constexpr (Rule::kHalfSpace) {
+        arrays.factor[g] = half_space_pull(sum, line, k.h.lr, k.h.epsilon);
+      } else if constexpr (kPair) {
+        arrays.norm[g] = pass == 0 ? root_start(sum, line) : root_step<C>(arrays.norm[g], sum);
+        arrays.factor[g] = root_rho(arrays.norm[g], line);
+      } else if constexpr (kShared) {
+        value_of(g) = sum;
+      } else {
+        const C scale = uniform_scale<Rule, C>(k.h) * C(part.t.weight);
+        arrays.factor[g] = radial_factor<AnyPenalty>(C(square_root(sum)), scale, k.radial);
       }
-      const uint32_t alive = part.template finish<full.value>(i, n, bits, k, q);
-      count += __popc(alive);
-      if (args.counts != nullptr) {
-#pragma unroll
-        for (int m = 0; m < V; ++m)
-          if ((alive >> m) & 1) atomicAdd(&arrays.alive[groups_of[m]], 1);
-      }
-    });
+    }
+    __syncthreads();
+  }
+  if (kShared && !second) {
+    if (item.begin == 0 && threadIdx.x == 0) global(plan.decays())[item.tensor] = budget_decay(k, part.t.weight);
+    return;
   }
   if (args.counts == nullptr) return;
   __syncthreads();
@@ -260,8 +317,8 @@ cudaError_t step_tiles(const PlanView& plan, const void* device_plan, const void
       using Rule = decltype(rule);
       using T = decltype(storage);
       using C = compute_t<T>;
-      const int64_t points = std::min(plan.header().scratch_elements, plan.header().tile_capacity);
-      const size_t bytes = sizeof(GroupArrays<C, kPaired<Rule>>) + size_t(points) * sizeof(C) * (1 + kPaired<Rule>);
+      const size_t points = size_t(plan.header().scratch_elements) * (1 + kPaired<Rule>);
+      const size_t bytes = sizeof(GroupArrays<C, kPaired<Rule>>) + points * sizeof(C);
       return for_launches<Rule, C>(plan, device_plan, grads, args, counts, [&](const auto& kernel_args, dim3 blocks) {
         if constexpr (!kPaired<Rule>)  // the others know no budgets
           if (plan.header().budgets)

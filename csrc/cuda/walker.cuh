@@ -30,14 +30,15 @@ __device__ __forceinline__ P* global(P* p) {
   return p;
 }
 
-// The scalars of a step; false when it is to be skipped.
 template <class Rule, class C>
-__device__ __forceinline__ bool read_scalars(const KernelArgs<Rule, C>& args, Scalars<Rule, C>& k) {
-  k = args.k;
-  if (args.live == nullptr) return true;
-  const double* live = global(args.live);
-  k = Scalars<Rule, C>::from(live, k.elementwise.kind, k.radial.kind);
-  return live[0] == 0;
+__device__ __forceinline__ bool is_skipped(const KernelArgs<Rule, C>& args) {
+  return args.live != nullptr && global(args.live)[0] != 0;
+}
+
+template <class Rule, class C>
+__device__ __forceinline__ Scalars<Rule, C> scalars_of(const KernelArgs<Rule, C>& args) {
+  if (args.live == nullptr) return args.k;
+  return Scalars<Rule, C>::from(global(args.live), args.k.elementwise.kind, args.k.radial.kind);
 }
 
 __device__ __forceinline__ bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
@@ -48,7 +49,8 @@ struct alignas(16) Pack {
   E v[kSize];
 };
 
-// One tensor of the plan. A thread works on V neighbouring elements at a time: 16 bytes of parameter and gradient.
+// One tensor of the plan. A thread works on V neighbouring elements at a time, 16 bytes of parameter and gradient from a
+// 16-byte boundary, or on one: W is either.
 template <class Rule, class T>
 struct Tile {
   using C = compute_t<T>;
@@ -66,11 +68,10 @@ struct Tile {
     for (int m = 0; m < kSlots + kMaster; ++m) vectors = vectors && is_aligned(t.state[m]);
   }
 
-  // Elements [i, i + n) with n <= V, or all V of them at a 16-byte boundary when kFull.
-  template <bool kFull, class E>
-  __device__ __forceinline__ static void load(const E* p, int64_t i, int n, bool wide, E (&out)[V]) {
-    if (kFull && wide) {
-      constexpr int kPacks = V / Pack<E>::kSize;
+  template <int W, class E>
+  __device__ __forceinline__ static void load(const E* p, int64_t i, bool wide, E (&out)[W]) {
+    if (W > 1 && wide) {
+      constexpr int kPacks = W / Pack<E>::kSize;
 #pragma unroll
       for (int m = 0; m < kPacks; ++m) {
         auto pack = load_vector<Pack<E>>(p + i + m * Pack<E>::kSize);
@@ -79,14 +80,16 @@ struct Tile {
       }
     } else {
 #pragma unroll
-      for (int j = 0; j < V; ++j) out[j] = kFull || j < n ? p[i + j] : E{};
+      for (int j = 0; j < W; ++j) out[j] = p[i + j];
     }
   }
 
-  template <bool kFull, class E>
-  __device__ __forceinline__ static void store(E* p, int64_t i, int n, const E (&in)[V]) {
-    if (kFull) {
-      constexpr int kPacks = V / Pack<E>::kSize;
+  template <int W, class E>
+  __device__ __forceinline__ static void store(E* p, int64_t i, const E (&in)[W]) {
+    if constexpr (W == 1) {
+      p[i] = in[0];
+    } else {
+      constexpr int kPacks = W / Pack<E>::kSize;
 #pragma unroll
       for (int m = 0; m < kPacks; ++m) {
         Pack<E> pack;
@@ -94,59 +97,57 @@ struct Tile {
         for (int j = 0; j < Pack<E>::kSize; ++j) pack.v[j] = in[m * Pack<E>::kSize + j];
         store_vector(p + i + m * Pack<E>::kSize, pack);
       }
-    } else {
-#pragma unroll
-      for (int j = 0; j < V; ++j)
-        if (j < n) p[i + j] = in[j];
     }
   }
 
   __device__ __forceinline__ C* slot(int m) const { return global(static_cast<C*>(t.state[m])); }
   __device__ __forceinline__ T* param() const { return global(static_cast<T*>(t.param)); }
 
-  // Mask bits of elements [i, i + V).
+  // Mask bits of elements [i, i + W).
+  template <int W>
   __device__ __forceinline__ uint32_t keep(int64_t i) const {
     if (t.mask == nullptr) return ~0u;
     const uint64_t* words = global(t.mask);
     const int shift = int(i % 64);
     uint64_t bits = words[i / 64] >> shift;
-    if (shift + V > 64 && i / 64 + 1 < (t.numel + 63) / 64) bits |= words[i / 64 + 1] << (64 - shift);
+    if (shift + W > 64 && i / 64 + 1 < (t.numel + 63) / 64) bits |= words[i / 64 + 1] << (64 - shift);
     return uint32_t(bits);
   }
 
-  template <bool kFull>
-  __device__ __forceinline__ void load_param(int64_t i, int n, C (&out)[V]) const {
+  template <int W>
+  __device__ __forceinline__ void load_param(int64_t i, C (&out)[W]) const {
     if constexpr (kMaster) {
-      load<kFull>(slot(kSlots), i, n, true, out);
+      load(static_cast<const C*>(slot(kSlots)), i, true, out);
     } else if constexpr (Rule::kReadsParam) {
-      T raw[V];
-      load<kFull>(static_cast<const T*>(param()), i, n, true, raw);
+      T raw[W];
+      load(static_cast<const T*>(param()), i, true, raw);
 #pragma unroll
-      for (int j = 0; j < V; ++j) out[j] = widen(raw[j]);
+      for (int j = 0; j < W; ++j) out[j] = widen(raw[j]);
     } else {
 #pragma unroll
-      for (int j = 0; j < V; ++j) out[j] = C(0);
+      for (int j = 0; j < W; ++j) out[j] = C(0);
     }
   }
 
-  // The point with the elementwise prox applied, and its prox scale; the new state is stored when `commit`. Without
-  // kAdvance the state is the new one already.
-  template <bool kFull, bool kAdvance = true>
-  __device__ __forceinline__ void point(int64_t i, int n, uint32_t bits, const Scalars<Rule, C>& k, bool commit,
-                                        C (&z)[V], C (&scale)[V]) const {
-    T g[V];
-    C p[V], s[kMaxSlots][V];
-    load<kFull>(grad, i, n, grad_vectors, g);
-    load_param<kFull>(i, n, p);
+  // The point with the elementwise prox applied, and its prox scale. Without `advance` the state is the new one already;
+  // it is stored when `commit`.
+  template <int W>
+  __device__ __forceinline__ void point(int64_t i, uint32_t bits, const Scalars<Rule, C>& k, bool advance, bool commit,
+                                        C (&z)[W], C (&scale)[W]) const {
+    T g[W];
+    C p[W], s[kMaxSlots][W];
+    load(grad, i, grad_vectors, g);
+    load_param(i, p);
 #pragma unroll
-    for (int m = 0; m < kSlots; ++m) load<kFull>(static_cast<const C*>(slot(m)), i, n, true, s[m]);
+    for (int m = 0; m < kSlots; ++m) load(static_cast<const C*>(slot(m)), i, true, s[m]);
 #pragma unroll
-    for (int j = 0; j < V; ++j) {
+    for (int j = 0; j < W; ++j) {
       C one[kMaxSlots];
 #pragma unroll
       for (int m = 0; m < kSlots; ++m) one[m] = s[m][j];
       const C gradient = widen(g[j]) * k.grad_scale;
-      if constexpr (kAdvance && !Rule::kLate) Rule::update(gradient, p[j], one, k.h);
+      if constexpr (!Rule::kLate)
+        if (advance) Rule::update(gradient, p[j], one, k.h);
       const Point<C> r = Rule::point(gradient, p[j], one, k.h);
       const bool kept = (bits >> j) & 1;
       scale[j] = kept ? r.scale : C(0);
@@ -154,25 +155,24 @@ struct Tile {
 #pragma unroll
       for (int m = 0; m < kSlots; ++m) s[m][j] = kept ? one[m] : C(0);
     }
-    if (kAdvance && commit && !Rule::kLate) {
+    if (!Rule::kLate && commit) {
 #pragma unroll
-      for (int m = Rule::kFixedSlots; m < kSlots; ++m) store<kFull>(slot(m), i, n, s[m]);
+      for (int m = Rule::kFixedSlots; m < kSlots; ++m) store(slot(m), i, s[m]);
     }
   }
 
   // The new parameter from the prox point; returns a bit per non-zero.
-  template <bool kFull>
-  __device__ __forceinline__ uint32_t finish(int64_t i, int n, uint32_t bits, const Scalars<Rule, C>& k,
-                                             const C (&q)[V]) const {
-    C p[V], s[kMaxSlots][V], value[V];
-    T raw[V], g[V];
-    load_param<kFull>(i, n, p);
-    if constexpr (Rule::kLate) load<kFull>(grad, i, n, grad_vectors, g);
+  template <int W>
+  __device__ __forceinline__ uint32_t finish(int64_t i, uint32_t bits, const Scalars<Rule, C>& k, const C (&q)[W]) const {
+    C p[W], s[kMaxSlots][W], value[W];
+    T raw[W], g[W];
+    load_param(i, p);
+    if constexpr (Rule::kLate) load(grad, i, grad_vectors, g);
 #pragma unroll
-    for (int m = 0; m < kSlots; ++m) load<kFull>(static_cast<const C*>(slot(m)), i, n, true, s[m]);
+    for (int m = 0; m < kSlots; ++m) load(static_cast<const C*>(slot(m)), i, true, s[m]);
     uint32_t alive = 0;
 #pragma unroll
-    for (int j = 0; j < V; ++j) {
+    for (int j = 0; j < W; ++j) {
       C one[kMaxSlots];
 #pragma unroll
       for (int m = 0; m < kSlots; ++m) one[m] = s[m][j];
@@ -183,17 +183,20 @@ struct Tile {
 #pragma unroll
       for (int m = 0; m < kSlots; ++m) s[m][j] = kept ? one[m] : C(0);
       narrow(value[j], raw[j]);
-      if (j < n && nonzero(raw[j])) alive |= 1u << j;
+      if (nonzero(raw[j])) alive |= 1u << j;
     }
     if constexpr (Rule::kLate) {
 #pragma unroll
-      for (int m = Rule::kFixedSlots; m < kSlots; ++m) store<kFull>(slot(m), i, n, s[m]);
+      for (int m = Rule::kFixedSlots; m < kSlots; ++m) store(slot(m), i, s[m]);
     }
-    store<kFull>(param(), i, n, raw);
-    if constexpr (kMaster) store<kFull>(slot(kSlots), i, n, value);
+    store(param(), i, raw);
+    if constexpr (kMaster) store(slot(kSlots), i, value);
     return alive;
   }
 };
+
+template <int W>
+using Width = std::integral_constant<int, W>;
 
 // Sum over the block in a fixed order; the result is valid in thread 0. All threads call it.
 __device__ __forceinline__ int block_sum(int value) {

@@ -22,6 +22,21 @@ struct GroupLayout {
   BREGMAN_HD int64_t group_size() const { return r0 * r1 * r2; }
 };
 
+// Division of numbers below 2^31 by one that is known when a plan is made: a product and a shift, where a GPU divides
+// by a variable in about twenty instructions.
+struct Divider {
+  uint32_t divisor = 1, factor = 1, shift = 0;
+
+  static Divider by(int64_t divisor) {
+    Divider d;
+    d.divisor = uint32_t(divisor);
+    while ((uint64_t(1) << d.shift) < d.divisor) ++d.shift;
+    d.factor = uint32_t((((uint64_t(1) << d.shift) - d.divisor) << 32) / d.divisor + 1);
+    return d;
+  }
+  BREGMAN_HD uint32_t quotient(uint32_t x) const { return (uint32_t((uint64_t(x) * factor) >> 32) + x) >> shift; }
+};
+
 // Empty, or why a tensor is not dense: its elements must cover a memory range once, in any order of dimensions.
 inline std::string why_not_dense(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
   std::vector<std::pair<int64_t, int64_t>> order;

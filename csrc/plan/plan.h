@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstring>
+#include <numeric>
 #include <stdexcept>
 
 #include "groups.h"
@@ -21,6 +22,8 @@ struct TensorRecord {
   GroupLayout layout;
   double weight;  // of each group
   int64_t first_group;  // where its groups begin among those that share budgets
+  // By r2, and for strided groups by r1 and by the columns of most tiles and of a slab's last.
+  Divider by_row, by_inner, by_columns[2];
 };
 
 // The groups of tensors [first_tensor, end_tensor) share k.
@@ -41,8 +44,10 @@ struct PlanHeader {
   int32_t rule, dtype, slots, grouped;
   int64_t tensors, items;
   int64_t elements;           // of all tensors
-  int64_t scratch_elements;   // the largest tile
+  int64_t scratch_elements;   // the largest tile, or panel of one that cannot be held at once
+  int64_t tile_groups;        // the most groups of a tile
   int64_t tile_capacity;      // elements that a worker can hold at once
+  int64_t panel;              // elements that it takes at a time of a tile with more
   int64_t budgets;
   int64_t record_offset, item_offset, budget_offset, shape_offset;
   int64_t decay_offset;  // of float64 that steps with budgets write: the decay of each tensor, a number for each group
@@ -53,10 +58,12 @@ struct Tuning {
   int64_t chunk;         // elements per separable item, a multiple of 64
   int64_t tile;          // elements that a tile of contiguous groups should hold
   int64_t strided_tile;  // the same for groups scattered in memory
-  int64_t min_segment;   // contiguous elements below which a strided tile is not cut
+  int64_t min_segment;   // contiguous elements below which a strided tile is not cut, unless it can be held only then
+  int64_t least_segment; // and below which not even then
   int64_t max_groups;    // per tile
-  int64_t align;         // tiles of more groups than this hold a multiple of it: they end where vectors or lines do
+  int64_t align;         // elements: rows of a tile are a multiple of them, so that they end where vectors or lines do
   int64_t capacity;      // elements that fit on chip
+  int64_t panel;         // elements to take at a time of a tile that does not; no more than `capacity`
 };
 
 struct TensorSpec {
@@ -93,17 +100,23 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Groups per tile: enough to fill it and to read whole memory lines, never more than there are.
 inline int64_t groups_per_tile(const GroupLayout& layout, const Tuning& tuning) {
-  int64_t fill = (layout.rows() == 1 ? tuning.tile : tuning.strided_tile) / layout.group_size();
-  int64_t lines = layout.rows() == 1 ? 1 : ceil_div(tuning.min_segment, layout.r2);
-  // A line's worth of groups that cannot be held at once still has to fit row by row.
-  int64_t fits = std::max<int64_t>(1, tuning.capacity / layout.r2);
-  int64_t count = std::min({std::max({fill, lines, int64_t(1)}), fits, tuning.max_groups});
-  if (count > tuning.align) count -= count % tuning.align;
-  return std::min(count, layout.g2);
+  const int64_t size = layout.group_size(), unit = tuning.align / std::gcd(tuning.align, layout.r2);
+  auto rounded = [&](int64_t count) { return count > unit ? count - count % unit : count; };
+  int64_t count = std::min(tuning.tile, tuning.capacity) / size;
+  if (layout.rows() > 1) {
+    const int64_t lines = ceil_div(ceil_div(tuning.min_segment, layout.r2), unit) * unit;
+    count = std::max(tuning.strided_tile / size, lines);
+    if (count * size > tuning.capacity) {
+      const int64_t held = rounded(tuning.capacity / size);
+      // What cannot be held at once still has to fit row by row.
+      count = held * layout.r2 >= tuning.least_segment ? held : std::min(lines, rounded(tuning.panel / layout.r2));
+    }
+  }
+  return std::min(rounded(std::clamp<int64_t>(count, 1, tuning.max_groups)), layout.g2);
 }
 
-inline void cut(const TensorSpec& spec, const TensorRecord& record, int32_t index, const Tuning& tuning,
-                std::vector<Item>& items, int64_t& scratch) {
+inline void cut(const TensorSpec& spec, TensorRecord& record, int32_t index, const Tuning& tuning, PlanHeader& header,
+                std::vector<Item>& items) {
   if (record.numel == 0) return;
   if (spec.group_dims < 0) {
     for (int64_t begin = 0; begin < record.numel; begin += tuning.chunk)
@@ -111,8 +124,16 @@ inline void cut(const TensorSpec& spec, const TensorRecord& record, int32_t inde
     return;
   }
   const GroupLayout& layout = record.layout;
-  int64_t step = groups_per_tile(layout, tuning);
-  scratch = std::max(scratch, step * layout.group_size());
+  const int64_t step = groups_per_tile(layout, tuning), size = step * layout.group_size();
+  header.scratch_elements = std::max(header.scratch_elements, size <= tuning.capacity ? size : tuning.panel);
+  header.tile_groups = std::max(header.tile_groups, step);
+  if (step > 1) record.by_row = Divider::by(layout.r2);
+  if (layout.rows() > 1) {
+    record.by_row = Divider::by(layout.r2);
+    record.by_inner = Divider::by(layout.r1);
+    record.by_columns[0] = Divider::by(step * layout.r2);
+    record.by_columns[1] = Divider::by(std::max<int64_t>(1, layout.g2 % step) * layout.r2);
+  }
   for (int64_t slab = 0; slab < layout.g0 * layout.g1; ++slab)
     for (int64_t g2 = 0; g2 < layout.g2; g2 += step)
       items.push_back({slab * layout.g2 + g2, int32_t(std::min(step, layout.g2 - g2)), index});
@@ -141,8 +162,8 @@ inline std::vector<char> make_plan(const std::vector<TensorSpec>& specs, int rul
     if (why.empty() && record.numel && spec.group_dims >= 0)
       why = collapse(spec.sizes, spec.strides, spec.group_dims, record.layout);
     const GroupLayout& layout = record.layout;
-    if (why.empty() && layout.rows() > 1 && std::max(layout.rows(), layout.r2) > INT32_MAX)
-      why = "a group's rows do not fit 32-bit indices";
+    if (why.empty() && layout.rows() > 1 && std::max(layout.rows(), layout.r2) > INT32_MAX / 2)
+      why = "a group's rows do not fit 31-bit indices";
     if (!why.empty()) throw std::invalid_argument("tensor " + std::to_string(i) + ": " + why);
     if ((spec.group_dims >= 0) != bool(header.grouped)) throw std::invalid_argument("a plan is separable or grouped");
     if (spec.budget) {
@@ -154,7 +175,7 @@ inline std::vector<char> make_plan(const std::vector<TensorSpec>& specs, int rul
       groups += record.numel ? layout.groups() : 0;
     }
     if (!spec.budget != !specs[0].budget) throw std::invalid_argument("all tensors share budgets, or none");
-    cut(spec, record, int32_t(i), tuning, items, header.scratch_elements);
+    cut(spec, record, int32_t(i), tuning, header, items);
     header.elements += record.numel;
     records.push_back(record);
     shapes[i] = int64_t(shapes.size());
@@ -169,6 +190,7 @@ inline std::vector<char> make_plan(const std::vector<TensorSpec>& specs, int rul
   header.items = int64_t(items.size());
   header.budgets = int64_t(budgets.size());
   header.tile_capacity = tuning.capacity;
+  header.panel = tuning.panel;
   header.record_offset = sizeof(PlanHeader);
   header.item_offset = header.record_offset + int64_t(records.size() * sizeof(TensorRecord));
   header.budget_offset = header.item_offset + int64_t(items.size() * sizeof(Item));

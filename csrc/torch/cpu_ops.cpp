@@ -10,8 +10,9 @@ namespace {
 // than kTileBytes on its first visit, so that L2 still holds what the second one needs; rows are as long as that allows.
 constexpr int64_t kTileBytes = 9 << 17;  // 32 groups of 9 columns of a 512-channel convolution, dual and gradient
 Tuning cpu_tuning(int64_t bytes_read) {
-  return {/*chunk=*/16384,        /*tile=*/16384, /*strided_tile=*/kTileBytes / bytes_read, /*min_segment=*/16,
-          /*max_groups=*/1 << 20, /*align=*/16,   /*capacity=*/int64_t(1) << 40};
+  constexpr int64_t kAll = int64_t(1) << 40;
+  return {/*chunk=*/16384,       /*tile=*/16384,         /*strided_tile=*/kTileBytes / bytes_read, /*min_segment=*/16,
+          /*least_segment=*/16, /*max_groups=*/1 << 20, /*align=*/16, /*capacity=*/kAll, /*panel=*/kAll};
 }
 // Below this much work per thread, waking a thread costs more than it saves.
 constexpr int64_t kGrainElements = 16384;

@@ -22,7 +22,7 @@ Tensor plan_cuda(const Tensors params, const Tensors state, const Tensors masks,
   STD_TORCH_CHECK(!params.empty(), "a plan needs at least one tensor");
   int64_t bytes = dtype_of(params[0]) == DType::f64 ? 8 : 4;
   if (rule_traits(rule, false).paired) bytes *= 2;  // a point and its prox scale
-  const Tuning tuning = cuda_tuning(bytes, tile_bytes(int(params[0].get_device())));
+  const Tuning tuning = cuda_tuning(params[0].element_size(), bytes, tile_bytes(int(params[0].get_device())));
   return plan_tensor(params, state, masks, group_dims, weights, budgets, rule, tuning);
 }
 

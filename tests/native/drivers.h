@@ -12,7 +12,7 @@
 
 struct Driver {
   const char* name;
-  Tuning (*tuning)(int64_t state_bytes);
+  Tuning (*tuning)(int64_t element_bytes, int64_t state_bytes);
   void (*step)(const PlanView& plan, const void* const* grads, const StepArgs& args, int32_t* counts);
 };
 
@@ -36,7 +36,7 @@ inline void cpu_step(const PlanView& plan, const void* const* grads, const StepA
   visit(Phase::scale);
 }
 
-inline Tuning cpu_tuning(int64_t) { return random_tuning(); }
+inline Tuning cpu_tuning(int64_t, int64_t) { return random_tuning(); }
 
 inline void cuda_step(const PlanView& plan, const void* const* grads, const StepArgs& args, int32_t* counts) {
   const cudaError_t status = step_cuda(plan, plan.base, grads, args, counts, nullptr);
@@ -44,14 +44,15 @@ inline void cuda_step(const PlanView& plan, const void* const* grads, const Step
 }
 
 // The driver's own, and others, so that small tensors take the paths of large ones.
-inline Tuning some_cuda_tuning(int64_t state_bytes) {
-  Tuning tuning = cuda_tuning(state_bytes, tile_bytes(0));
+inline Tuning some_cuda_tuning(int64_t element_bytes, int64_t state_bytes) {
+  Tuning tuning = cuda_tuning(element_bytes, state_bytes, tile_bytes(0));
   if (g_random() % 2) {
     tuning.chunk = pick({64, 256});
     tuning.tile = pick({32, 128, 1024});
     tuning.strided_tile = pick({32, 128, 1024});
     tuning.capacity = pick({64, 102, 510, 2048});
-    tuning.max_groups = pick({16, 256});
+    tuning.panel = std::min<int64_t>(tuning.capacity, pick({64, 100, 256}));
+    tuning.max_groups = pick({16, kMaxGroups});
   }
   return tuning;
 }

@@ -338,7 +338,7 @@ void run_round(const Driver& driver, const RuleNeeds& rule, DType dtype, bool gr
     grads.push_back(tensors.back().grad.data<void>());
   }
   const int slots = int(tensors[0].state.size());
-  std::vector<char> memory = make_plan(specs, rule.id, dtype, slots, driver.tuning(int64_t(size_of(wide(dtype)))));
+  std::vector<char> memory = make_plan(specs, rule.id, dtype, slots, driver.tuning(int64_t(size_of(dtype)), int64_t(size_of(wide(dtype)))));
   const PlanView plan{memory.data()};
   const Buffer counts(sizeof(int32_t), 2 * plan.header().items, 0);
   const bool skip = step.scalars[0] != 0, live = skip || g_random() % 2;  // who has the scalars on the host skips there

@@ -34,7 +34,18 @@ void check_tensor(const PlanView& plan, int tensor, const TensorSpec& spec, cons
     }
     const GroupLayout& g = record.layout;
     CHECK(item.begin / g.g2 == (item.begin + item.count - 1) / g.g2, "a tile crosses (g0, g1)");
-    CHECK(item.count <= tuning.max_groups && item.count * g.group_size() <= plan.header().scratch_elements);
+    const int64_t elements = item.count * g.group_size(), columns = item.count * g.r2;
+    CHECK(item.count <= tuning.max_groups && item.count <= plan.header().tile_groups);
+    if (elements <= tuning.capacity)
+      CHECK(elements <= plan.header().scratch_elements);
+    else
+      CHECK(tuning.panel <= plan.header().scratch_elements && (item.count == 1 || columns <= tuning.panel));
+    for (uint32_t x : {0u, 1u, uint32_t(columns - 1), uint32_t(columns), uint32_t(5 * columns + 3)}) {
+      if (item.count > 1) CHECK(record.by_row.quotient(x) == x / g.r2);
+      if (g.rows() == 1) continue;
+      CHECK(record.by_inner.quotient(x) == x / g.r1);
+      CHECK(record.by_columns[record.by_columns[0].divisor != columns].quotient(x) == x / columns);
+    }
     for (int64_t group = item.begin; group < item.begin + item.count; ++group) {
       const std::vector<int64_t> offsets = offsets_of_group(g, group);
       ++items_of_group[oracle.at(offsets[0])];
@@ -95,14 +106,24 @@ void check_random_plans() {
   }
 }
 
+void check_dividers() {
+  constexpr uint32_t end = 1u << 31;
+  for (int round = 0; round < 200000; ++round) {
+    const uint32_t divisor = 1 + uint32_t(g_random()) % (round % 2 ? 100 : end - 1), x = uint32_t(g_random()) % end;
+    const Divider by = Divider::by(divisor);
+    for (uint32_t n : {x, x - x % divisor, x - x % divisor + divisor - 1, end - 1, divisor - 1})
+      if (n < end) CHECK(by.quotient(n) == n / divisor, "%u / %u", n, divisor);
+  }
+}
+
 Tuning tuning_of(int64_t chunk, int64_t tile, int64_t capacity) {
   Tuning tuning{};
   tuning.chunk = chunk;
   tuning.tile = tuning.strided_tile = tile;
-  tuning.min_segment = 32;
+  tuning.min_segment = tuning.least_segment = 32;
   tuning.max_groups = 1024;
   tuning.align = 8;
-  tuning.capacity = capacity;
+  tuning.capacity = tuning.panel = capacity;
   return tuning;
 }
 
@@ -157,6 +178,7 @@ void check_refusals() {
 }  // namespace
 
 int main() {
+  check_dividers();
   check_random_plans();
   check_large({3, (int64_t(1) << 30) + 5}, -1, 3 * ((int64_t(1) << 30) + 5));
   check_large({(1 << 20) + 1, 4099}, 0b01, (1 << 20) + 1);            // rows

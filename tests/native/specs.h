@@ -54,9 +54,11 @@ inline Tuning random_tuning() {
   tuning.tile = pick({1, 64, 256});
   tuning.strided_tile = pick({1, 64, 256});
   tuning.min_segment = pick({1, 8, 32});
+  tuning.least_segment = std::min<int64_t>(tuning.min_segment, pick({1, 4, 8}));
   tuning.max_groups = pick({1, 3, 1024});
   tuning.align = pick({1, 8, 16});
   tuning.capacity = pick({64, 512, 1 << 20});
+  tuning.panel = std::min<int64_t>(tuning.capacity, pick({64, 256}));
   return tuning;
 }
 
