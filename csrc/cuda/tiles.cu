@@ -26,6 +26,8 @@ struct GroupArrays {
   double norm[kPair ? kMaxGroups : 2];
   C factor[kMaxGroups];
   int alive[kMaxGroups];
+  int moved[2];  // whether a norm did in a pass: in turns, so that a thread may still read the last one's
+  int unused[2];  // what follows is aligned
 };
 
 // Where the elements of a tile lie. Indices within a tile fit 31 bits (make_plan refuses others), memory offsets do not.
@@ -218,6 +220,7 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<T, kShared>)
       else return double(x) * double(x);
     };
     sums_t<kPair> own{};  // of a group that has the block for itself
+    if (threadIdx.x == 0) arrays.moved[pass % 2] = 0;
 #pragma unroll 1
     for (int64_t start = 0; start < tile.elements(); start += panel_size) {
       const Panel panel(tile, start, panel_size);
@@ -283,8 +286,10 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<T, kShared>)
       if constexpr (Rule::kHalfSpace) {
         arrays.factor[g] = half_space_pull(sum, line, k.h.lr, k.h.epsilon);
       } else if constexpr (kPair) {
-        arrays.norm[g] = pass == 0 ? root_start(sum, line) : root_step<C>(arrays.norm[g], sum);
-        arrays.factor[g] = root_rho(arrays.norm[g], line);
+        const double norm = pass == 0 ? root_start(sum, line) : root_step<C>(arrays.norm[g], sum);
+        if (pass == 0 || C(norm) != C(arrays.norm[g])) atomicOr(&arrays.moved[pass % 2], 1);
+        arrays.norm[g] = norm;
+        arrays.factor[g] = root_rho(norm, line);
       } else if constexpr (kShared) {
         value_of(g) = sum;
       } else {
@@ -293,6 +298,8 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<T, kShared>)
       }
     }
     __syncthreads();
+    // A step begins at norms of type C: where none has changed, neither will the next.
+    if (kSums > 1 && !arrays.moved[pass % 2]) pass = kSums - 1;
   }
   if (kShared && !second) {
     if (item.begin == 0 && threadIdx.x == 0) global(plan.decays())[item.tensor] = budget_decay(k, part.t.weight);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstring>
+#include <functional>
 #include <numeric>
 #include <stdexcept>
 
@@ -64,6 +65,7 @@ struct Tuning {
   int64_t align;         // elements: rows of a tile are a multiple of them, so that they end where vectors or lines do
   int64_t capacity;      // elements that fit on chip
   int64_t panel;         // elements to take at a time of a tile that does not; no more than `capacity`
+  int64_t workers;       // that run side by side: such tiles are as wide as leaves work for all
 };
 
 struct TensorSpec {
@@ -98,8 +100,9 @@ struct PlanView {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Groups per tile: enough to fill it and to read whole memory lines, never more than there are.
-inline int64_t groups_per_tile(const GroupLayout& layout, const Tuning& tuning) {
+// Groups per tile: enough to fill it and to read whole memory lines, never more than there are. `share` are the elements
+// of a plan for one worker.
+inline int64_t groups_per_tile(const GroupLayout& layout, const Tuning& tuning, int64_t share) {
   const int64_t size = layout.group_size(), unit = tuning.align / std::gcd(tuning.align, layout.r2);
   auto rounded = [&](int64_t count) { return count > unit ? count - count % unit : count; };
   int64_t count = std::min(tuning.tile, tuning.capacity) / size;
@@ -108,15 +111,18 @@ inline int64_t groups_per_tile(const GroupLayout& layout, const Tuning& tuning) 
     count = std::max(tuning.strided_tile / size, lines);
     if (count * size > tuning.capacity) {
       const int64_t held = rounded(tuning.capacity / size);
-      // What cannot be held at once still has to fit row by row.
-      count = held * layout.r2 >= tuning.least_segment ? held : std::min(lines, rounded(tuning.panel / layout.r2));
+      const int64_t least = ceil_div(ceil_div(tuning.least_segment, layout.r2), unit) * unit;
+      // What cannot be held at once still has to fit row by row; two lines at a time pay, where nobody waits for it.
+      count = held * layout.r2 >= tuning.least_segment
+                  ? held
+                  : std::min(std::clamp(share / size, least, std::max(least, 2 * lines)), rounded(tuning.panel / layout.r2));
     }
   }
   return std::min(rounded(std::clamp<int64_t>(count, 1, tuning.max_groups)), layout.g2);
 }
 
 inline void cut(const TensorSpec& spec, TensorRecord& record, int32_t index, const Tuning& tuning, PlanHeader& header,
-                std::vector<Item>& items) {
+                int64_t share, std::vector<Item>& items) {
   if (record.numel == 0) return;
   if (spec.group_dims < 0) {
     for (int64_t begin = 0; begin < record.numel; begin += tuning.chunk)
@@ -124,15 +130,18 @@ inline void cut(const TensorSpec& spec, TensorRecord& record, int32_t index, con
     return;
   }
   const GroupLayout& layout = record.layout;
-  const int64_t step = groups_per_tile(layout, tuning), size = step * layout.group_size();
-  header.scratch_elements = std::max(header.scratch_elements, size <= tuning.capacity ? size : tuning.panel);
+  const int64_t step = groups_per_tile(layout, tuning, share), rest = layout.g2 % step;
+  for (int64_t count : {step, rest}) {  // a slab's last tile may be held where others are not
+    const int64_t size = count * layout.group_size();
+    header.scratch_elements = std::max(header.scratch_elements, size <= tuning.capacity ? size : tuning.panel);
+  }
   header.tile_groups = std::max(header.tile_groups, step);
   if (step > 1) record.by_row = Divider::by(layout.r2);
   if (layout.rows() > 1) {
     record.by_row = Divider::by(layout.r2);
     record.by_inner = Divider::by(layout.r1);
     record.by_columns[0] = Divider::by(step * layout.r2);
-    record.by_columns[1] = Divider::by(std::max<int64_t>(1, layout.g2 % step) * layout.r2);
+    record.by_columns[1] = Divider::by(std::max<int64_t>(1, rest) * layout.r2);
   }
   for (int64_t slab = 0; slab < layout.g0 * layout.g1; ++slab)
     for (int64_t g2 = 0; g2 < layout.g2; g2 += step)
@@ -149,6 +158,9 @@ inline std::vector<char> make_plan(const std::vector<TensorSpec>& specs, int rul
   int64_t groups = 0;
   std::vector<int64_t> shapes(specs.size());
   header.grouped = !specs.empty() && specs[0].group_dims >= 0;
+  for (const TensorSpec& spec : specs)
+    header.elements += std::accumulate(spec.sizes.begin(), spec.sizes.end(), int64_t(1), std::multiplies<>());
+  const int64_t share = header.elements / tuning.workers;
   for (size_t i = 0; i < specs.size(); ++i) {
     const TensorSpec& spec = specs[i];
     TensorRecord record{};
@@ -175,8 +187,7 @@ inline std::vector<char> make_plan(const std::vector<TensorSpec>& specs, int rul
       groups += record.numel ? layout.groups() : 0;
     }
     if (!spec.budget != !specs[0].budget) throw std::invalid_argument("all tensors share budgets, or none");
-    cut(spec, record, int32_t(i), tuning, header, items);
-    header.elements += record.numel;
+    cut(spec, record, int32_t(i), tuning, header, share, items);
     records.push_back(record);
     shapes[i] = int64_t(shapes.size());
     shapes.push_back(int64_t(spec.sizes.size()));

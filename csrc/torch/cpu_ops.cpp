@@ -12,7 +12,7 @@ constexpr int64_t kTileBytes = 9 << 17;  // 32 groups of 9 columns of a 512-chan
 Tuning cpu_tuning(int64_t bytes_read) {
   constexpr int64_t kAll = int64_t(1) << 40;
   return {/*chunk=*/16384,       /*tile=*/16384,         /*strided_tile=*/kTileBytes / bytes_read, /*min_segment=*/16,
-          /*least_segment=*/16, /*max_groups=*/1 << 20, /*align=*/16, /*capacity=*/kAll, /*panel=*/kAll};
+          /*least_segment=*/16, /*max_groups=*/1 << 20, /*align=*/16, /*capacity=*/kAll, /*panel=*/kAll, /*workers=*/1};
 }
 // Below this much work per thread, waking a thread costs more than it saves.
 constexpr int64_t kGrainElements = 16384;

@@ -124,6 +124,7 @@ Tuning tuning_of(int64_t chunk, int64_t tile, int64_t capacity) {
   tuning.max_groups = 1024;
   tuning.align = 8;
   tuning.capacity = tuning.panel = capacity;
+  tuning.workers = 1;
   return tuning;
 }
 

@@ -59,6 +59,7 @@ inline Tuning random_tuning() {
   tuning.align = pick({1, 8, 16});
   tuning.capacity = pick({64, 512, 1 << 20});
   tuning.panel = std::min<int64_t>(tuning.capacity, pick({64, 256}));
+  tuning.workers = pick({1, 4, 400});
   return tuning;
 }
 
