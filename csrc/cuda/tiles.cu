@@ -182,21 +182,24 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<T, kShared>)
   C* const scales = z + panel_size;
   auto value_of = [&](int g) -> double& { return global(plan.groups(part.t))[item.begin + g]; };  // where budgets are shared
 
-  // Calls f(width, position, column, j) for the elements of a panel, `width` from j on; a thread meets the same ones in
-  // every walk.
-  auto walk = [&](const Panel& panel, auto f) {
-    int column;
+  // Calls f(width, j) for this thread's elements of a panel, `width` from j on. Element j is the same thread's in every
+  // panel, whatever its size: nobody waits before the next one takes its place.
+  auto for_own = [&](const Panel& panel, auto f) {
     const int whole = wide ? panel.size - panel.size % V : 0;
 #pragma unroll 1
-    for (int j = int(threadIdx.x) * V; j < whole; j += kThreads * V) {
-      const int64_t i = panel.position(tile, j, column);
-      f(Width<V>(), i, column, j);
-    }
+    for (int j = int(threadIdx.x) * V; j < whole; j += kThreads * V) f(Width<V>(), j);
+    int j = whole + int(threadIdx.x);
+    if (wide) j = whole / V % kThreads == int(threadIdx.x) ? whole : panel.size;
 #pragma unroll 1
-    for (int j = whole + int(threadIdx.x); j < panel.size; j += kThreads) {
+    for (const int step = wide ? 1 : kThreads; j < panel.size; j += step) f(Width<1>(), j);
+  };
+  // The same with where they lie: f(width, position, column, j).
+  auto walk = [&](const Panel& panel, auto f) {
+    for_own(panel, [&](auto width, int j) {
+      int column;
       const int64_t i = panel.position(tile, j, column);
-      f(Width<1>(), i, column, j);
-    }
+      f(width, i, column, j);
+    });
   };
 
   Line<C> line{};
@@ -220,7 +223,7 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<T, kShared>)
       else return double(x) * double(x);
     };
     sums_t<kPair> own{};  // of a group that has the block for itself
-    if (threadIdx.x == 0) arrays.moved[pass % 2] = 0;
+    if (!writes && threadIdx.x == 0) arrays.moved[pass % 2] = 0;
 #pragma unroll 1
     for (int64_t start = 0; start < tile.elements(); start += panel_size) {
       const Panel panel(tile, start, panel_size);
@@ -260,13 +263,10 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<T, kShared>)
           }
         });
       } else if (alone) {
-        // Each thread over the elements that it computed, on which nobody has to wait.
-        const int whole = wide ? panel.size - panel.size % V : 0;
-        for (int j = int(threadIdx.x) * V; j < whole; j += kThreads * V)
+        for_own(panel, [&](auto width, int j) {
 #pragma unroll
-          for (int m = 0; m < V; ++m) own = plus(own, terms(z[j + m], kPair ? scales[j + m] : C(0), 0));
-        for (int j = whole + int(threadIdx.x); j < panel.size; j += kThreads)
-          own = plus(own, terms(z[j], kPair ? scales[j] : C(0), 0));
+          for (int m = 0; m < width.value; ++m) own = plus(own, terms(z[j + m], kPair ? scales[j + m] : C(0), 0));
+        });
       } else {
         __syncthreads();
         add_panel(panel.size, tile, arrays.partial, arrays.sum, start == 0,
