@@ -8,6 +8,7 @@ import math
 import pytest
 import registry
 import torch
+from conftest import missing
 from harness import Problem, compare, run, true_counts
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -266,7 +267,7 @@ def test_scalars_on_the_device_and_a_skipped_step(kernel_driver):
 @pytest.mark.parametrize("scope", ["tensor", "all"])
 def test_a_compiled_step_is_the_same_step(scope):
     if _backend._load("cpu")[0] is None:
-        pytest.skip("no compiled CPU kernels")
+        missing("the CPU kernels are missing")
     torch._dynamo.reset()
     params, twins = model(), model()
     reg = GroupEnvelope(0.3, 2, scope=scope)
@@ -350,7 +351,7 @@ def test_a_change_that_parts_the_tensors_is_refused_before_the_step(change):
 
 def test_a_compiled_step_refuses_several_step_counts():
     if _backend._load("cpu")[0] is None:
-        pytest.skip("no compiled CPU kernels")
+        missing("the CPU kernels are missing")
     torch._dynamo.reset()
     params = model()
     optimizer = ProxSGD(params, lr=0.1, reg=GroupEnvelope(0.3, 2, scope="all"))
