@@ -98,3 +98,16 @@ def biases_with_twins():
     path = ActivationPath(model, optimizer)
     path.update(0)
     return model, optimizer, path
+
+
+def quadratic(b, driver, reg, **options):
+    """A parameter at zero, its optimizer, and a step on |w - b|^2 / 2."""
+    b = torch.tensor(b, dtype=torch.float64)
+    p = torch.nn.Parameter(torch.zeros_like(b))
+    optimizer = SplitLBI([p], reg=reg, fused=driver.fused, **options)
+
+    def step() -> None:
+        p.grad = p.detach() - b
+        optimizer.step()
+
+    return p, optimizer, step
