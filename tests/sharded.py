@@ -182,16 +182,16 @@ def tensor_cases(world: int) -> list[tuple[str, str, torch.dtype]]:
     return [*cases, ("proxsgd", kinds[-1], torch.float32), *(("proxsgd", "rows", d) for d in registry.DTYPES[1:])]
 
 
-def join(rank: int, world: int, port: int) -> None:
-    """Ranks that wait for each other in vain end soon, with an error."""
+def join(rank: int, world: int, meeting: str) -> None:
+    """Ranks that wait for each other in vain end soon, with an error. A file, as a free port may not stay free."""
     import torch.distributed as dist
 
-    address, patience = f"tcp://127.0.0.1:{port}", datetime.timedelta(seconds=90)
+    address, patience = f"file://{meeting}", datetime.timedelta(seconds=90)
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world, timeout=patience)
     torch.set_num_threads(1)
 
 
-def worker(rank: int, world: int, port: int, folder: str) -> None:
+def worker(rank: int, world: int, folder: str) -> None:
     """One rank of all cases."""
     import torch.distributed as dist
     import torch.distributed.checkpoint as dcp
@@ -199,7 +199,7 @@ def worker(rank: int, world: int, port: int, folder: str) -> None:
     from torch.distributed.tensor import DTensor, Replicate
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-    join(rank, world, port)
+    join(rank, world, f"{folder}/workers")
     places = layouts(world)
     mesh = places["rows"][0]
     size = len(batches()[0][0]) // world
@@ -408,11 +408,11 @@ def compiled(reg: Any, mesh: Any | None) -> list[Tensor]:
     return [whole(p.detach()) for p in params]
 
 
-def resumer(rank: int, world: int, port: int, folder: str, *sources: str) -> None:
+def resumer(rank: int, world: int, folder: str, *sources: str) -> None:
     """Loads what other numbers of ranks saved after three steps, and continues."""
     import torch.distributed as dist
 
-    join(rank, world, port)
+    join(rank, world, f"{folder}/resumers")
     mesh = layouts(world)["rows"][0]
     size = len(batches()[0][0]) // world
     results = {}
@@ -457,5 +457,5 @@ def resume(
 
 
 if __name__ == "__main__":
-    role, *numbers = sys.argv[1:5]  # rank, world, port; then folders
-    {"worker": worker, "resumer": resumer}[role](*map(int, numbers), *sys.argv[5:])
+    role, *numbers = sys.argv[1:4]  # rank, world; then folders
+    {"worker": worker, "resumer": resumer}[role](*map(int, numbers), *sys.argv[4:])

@@ -11,7 +11,7 @@ import pytest
 import sharded as here
 import torch
 from harness import same_bits
-from test_ecosystem import free_port, network
+from test_ecosystem import network
 
 import bregman_cuda
 from bregman_cuda import L1, AdaBreg, GroupLasso
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 def run_ranks(role: str, world: int, folder: Path, *sources: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), *sys.path])}
     command = [sys.executable, "-W", "ignore", str(ROOT / "tests/sharded.py"), role]
-    tail = [str(world), str(free_port()), str(folder), *map(str, sources)]
+    tail = [str(world), str(folder), *map(str, sources)]
     logs = [open(folder / f"{role}{rank}.log", "w+") for rank in range(world)]  # noqa: SIM115
     ranks = [
         subprocess.Popen([*command, str(rank), *tail], env=environment, stderr=log) for rank, log in enumerate(logs)
@@ -32,7 +32,7 @@ def run_ranks(role: str, world: int, folder: Path, *sources: Path) -> None:
         for rank, log in zip(ranks, logs):
             code = rank.wait(timeout=240)
             log.seek(0)
-            assert code == 0, log.read()[-4000:]
+            assert code == 0, f"{code}: {log.read()[-4000:]}"
     finally:
         for rank, log in zip(ranks, logs):
             rank.kill()
