@@ -18,8 +18,21 @@ from test_ecosystem import batches, network
 from torch import Tensor, nn
 
 import bregman_cuda
-from bregman_cuda import HSPG, L1, RMDA, AdaBreg, GroupLasso, LinBreg, ProxSGD, SparseGroupLasso, SplitLBI
-from bregman_cuda.optim.linbreg import LinBregRule
+from bregman_cuda import (
+    HSPG,
+    L1,
+    RAMDA,
+    RMDA,
+    AdaBreg,
+    GroupEnvelope,
+    GroupLasso,
+    LinBreg,
+    Nuclear,
+    ProxAdam,
+    ProxSGD,
+    SparseGroupLasso,
+    SplitLBI,
+)
 
 # Networks under FSDP2: an optimizer, its regularizer, and whether the first layer is masked.
 CASES: dict[str, tuple[Callable[[Any], Any], Callable[[], Any], bool]] = {
@@ -30,6 +43,13 @@ CASES: dict[str, tuple[Callable[[Any], Any], Callable[[], Any], bool]] = {
     "proxsgd-all": (lambda p: ProxSGD(p, lr=0.1, momentum=0.5), lambda: GroupLasso(0.1, (), "none"), False),
     "reference": (lambda p: AdaBreg(p, lr=1e-2, fused=False), lambda: GroupLasso(0.05, "out"), False),
     "rmda-out": (lambda p: RMDA(p, lr=0.1, momentum=0.25), lambda: GroupLasso(0.1, "out"), False),
+    "proxadam-in": (lambda p: ProxAdam(p, lr=1e-2), lambda: GroupLasso(0.05, "in"), True),
+    "linbreg-nuclear": (lambda p: LinBreg(p, lr=0.1), lambda: Nuclear(0.1), False),
+    "hspg": (
+        lambda p: HSPG(p, lr=0.1, momentum=0.5, epsilon=0.1, start=2),
+        lambda: GroupEnvelope(0.1, 2, "in"),
+        False,
+    ),
     "splitlbi-l1": (lambda p: SplitLBI(p, lr=0.1, kappa=2.0, mu=1.0, momentum=0.5), lambda: L1(0.1), True),
 }
 MASK = torch.arange(17 * 6).view(17, 6) % 3 > 0
@@ -84,25 +104,50 @@ def outcome(model: nn.Module, optimizer: Any) -> dict[str, Any]:
     }
 
 
-def metric(rule: str) -> bool:
-    """Whether a rule's prox has a step size per element, so that cut groups are refused."""
-    optimizer = registry.RULES[rule].make([nn.Parameter(torch.ones(1))], None)
-    return bool(getattr(optimizer._rule(optimizer.param_groups[0]), "metric", False))
+# Penalties that need all of a tensor, or of several, and rules for some penalties or of plain torch.
+WHOLE = {
+    "envelope_out": registry.RegCase(lambda lam: GroupEnvelope(lam, 1, "out"), 1),
+    "envelope_in": registry.RegCase(lambda lam: GroupEnvelope(lam, 2, "in", "sqrt_size"), 2),
+    "nuclear": registry.RegCase(Nuclear, 2),
+}
+SHARED = {
+    "envelope_all": registry.RegCase(lambda lam: GroupEnvelope(lam, 5, "in", scope="all"), 2),
+    "nuclear_every": registry.RegCase(lambda lam: Nuclear(lam, every=2), 2),
+}
+RULES = registry.EVERY_RULE | {
+    "ramda_pg": registry.RuleCase(RAMDA, {"lr": 0.1, "momentum": 0.25, "solver": "pg"}, "ramda_pg", dual=False)
+}
+
+
+def regularizers(rule: str, layout: str) -> dict[str, registry.RegCase]:
+    known = "ramda_averaged" if rule == "ramda_pg" else rule
+    found = {name: case for name, case in registry.REGULARIZERS.items() if registry.takes(known, name)}
+    if rule == "ramda_pg":
+        found = {name: case for name, case in found.items() if name in {"none", *registry.CONVEX, *registry.SCALAR}}
+    if layout == "whole groups":
+        return {name: found[name] for name in ("l1", "none", "group_out") if name in found}
+    if not RULES[rule].metric:
+        found |= {name: case for name, case in WHOLE.items() if rule != "hspg" or name != "nuclear"}
+    return found | (SHARED if rule.startswith("proxsgd") else {})
+
+
+def collectives_of(rule: str, layout: str, dtype: torch.dtype) -> int:
+    """One for each process group and round: a group's root in a metric takes 6 or 7, a half-space step with the
+    envelope 2."""
+    wide = dtype == torch.float64
+    rounds = 6 + wide if RULES[rule].metric else 2 if rule == "hspg" else 1
+    return COLLECTIVES[layout] * rounds
 
 
 def tensors(rule: str, layout: str, dtype: torch.dtype, place: Callable[[Tensor], Tensor] | None) -> dict[str, Any]:
     """Three steps of a rule with every regularizer, each in a group of its own; `place` shards a tensor."""
     generator = torch.Generator().manual_seed(0)
-    cases = {name: case for name, case in registry.REGULARIZERS.items() if registry.takes(rule, name)}
-    if metric(rule):
-        cases = {name: case for name, case in cases.items() if getattr(case(), "radial", None) is None}
-    if layout == "whole groups":
-        cases = {name: cases[name] for name in ("l1", "none", "group_out") if name in cases}
+    cases = regularizers(rule, layout)
     groups: list[dict[str, Any]] = []
     for case in cases.values():
         values = [registry.values(s, dtype, generator, 0.5) for s in SHAPES if len(s) >= case.min_ndim]
         groups.append({"params": [nn.Parameter(v if place is None else place(v)) for v in values], "reg": case(0.2)})
-    optimizer = registry.RULES[rule].make(groups, None, count_nonzeros=True)
+    optimizer = RULES[rule].make(groups, None, count_nonzeros=True)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for number, p in enumerate(params[::3]):
         mask = torch.rand(p.shape, generator=generator) < 0.7
@@ -117,6 +162,7 @@ def tensors(rule: str, layout: str, dtype: torch.dtype, place: Callable[[Tensor]
         total = 0 if seen is None else seen.get_total_counts()
     return {
         "collectives": total,
+        "exact": [name not in WHOLE | SHARED for name, group in zip(cases, groups) for _ in group["params"]],
         "params": [whole(p.detach()) for p in params],
         "state": [
             {key: whole(t) for key, t in optimizer.state[p].items() if key != "mask"} for p in params
@@ -177,8 +223,9 @@ def layouts(world: int) -> dict[str, tuple[Any, list[Any]]]:
 def tensor_cases(world: int) -> list[tuple[str, str, torch.dtype]]:
     """Every rule on the rows of two ranks; every layout, number of ranks and dtype with some."""
     kinds = [*COLLECTIVES][: 4 if world == 2 else None]
-    cases = [(rule, "rows", torch.float32) for rule in (registry.RULES if world == 2 else ("linbreg", "proxsgd"))]
-    cases += [("adabreg", kind, torch.float32) for kind in kinds[1:]]
+    cases = [(rule, "rows", torch.float32) for rule in (RULES if world == 2 else ("linbreg", "proxsgd", "hspg"))]
+    cases += [(rule, kind, torch.float32) for rule in ("adabreg", "proxadam") for kind in kinds[1:]]
+    cases += [("ramda_averaged", "rows", d) for d in registry.DTYPES[1:]]
     return [*cases, ("proxsgd", kinds[-1], torch.float32), *(("proxsgd", "rows", d) for d in registry.DTYPES[1:])]
 
 
@@ -231,6 +278,7 @@ def worker(rank: int, world: int, folder: str) -> None:
         train(model, optimizer, slice(None))
         results["tensor parallel", name] = [whole(p.detach()) for p in model.parameters()]
 
+    results["ended"] = ended(place)
     results["refused"] = refusals(rank, mesh)
     results["agreed"] = agreed(rank, mesh)
     if world == 2:
@@ -305,13 +353,6 @@ def refusals(rank: int, mesh: Any) -> dict[str, str]:
     """What is refused, and by what sentence, on every rank alike."""
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-    class MetricRule(LinBregRule):
-        metric = True
-
-    class Metric(LinBreg):
-        def _rule(self, group: dict[str, Any]) -> Any:
-            return MetricRule()
-
     def sharded(shape: tuple[int, ...], placement: Any = Shard(0)) -> Any:
         return nn.Parameter(distribute_tensor(torch.ones(shape), mesh, [placement]))
 
@@ -325,14 +366,12 @@ def refusals(rank: int, mesh: Any) -> dict[str, str]:
     stepped(some)
     stepped(some, missing=True)  # nowhere a gradient: nothing happens
     uses: dict[str, Callable[[], Any]] = {
-        "metric": lambda: Metric([cut], reg=GroupLasso(0.1, "in")),
         "partial": lambda: LinBreg([nn.Parameter(DTensor.from_local(torch.ones(2, 2), mesh, [Partial()]))]),
         "fused": lambda: stepped(LinBreg([cut], reg=GroupLasso(0.1, "in"), fused=True)),
         "mask": lambda: LinBreg([cut]).set_mask(cut, distribute_tensor(torch.ones(6, 4) > 0, mesh, [Replicate()])),
         "mask of a plain one": lambda: LinBreg([plain]).set_mask(plain, distribute_tensor(MASK[:6, :4], mesh)),
         "some gradients": lambda: stepped(some, missing=rank == 1),
-        "end": lambda: HSPG([cut], reg=GroupLasso(0.1), end=3, k=1),
-        "keep_top": lambda: HSPG([cut], reg=GroupLasso(0.1)).keep_top(1),
+        "capturable": lambda: ProxAdam([cut], reg=GroupLasso(0.1, "in"), capturable=True),
     }
     loading = LinBreg([sharded((6, 4))], lr=0.25, momentum=0.5, reg=L1(0.1))
     stepped(loading)
@@ -349,8 +388,23 @@ def refusals(rank: int, mesh: Any) -> dict[str, str]:
     assert before[1] == held(loading)[1]
     loading.load_state_dict(through_file(loading.state_dict()))  # of the same ranks: taken, without any detour
     assert all(map(same_bits, before[0], held(loading)[0]))
-    Metric([cut], reg=GroupLasso(0.1, "out"))
     return found
+
+
+def ended(place: Callable[[Tensor], Tensor] | None) -> list[Tensor]:
+    """HSPG in two phases that leave two groups per tensor, and one where a mask holds the others already."""
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(shape, generator=generator) for shape in SHAPES]
+    params = [nn.Parameter(v if place is None else place(v)) for v in values]
+    optimizer = HSPG(params, lr=0.1, reg=GroupLasso(0.05, "in"), epsilon=0.1, start=1, end=3, k=2)
+    mask = torch.arange(SHAPES[1][1]).expand(SHAPES[1]) == 3
+    optimizer.set_mask(params[1], mask.contiguous())
+    for _ in range(4):
+        for p in params:
+            grad = torch.randn(p.shape, generator=generator)
+            p.grad = grad if place is None else place(grad)
+        optimizer.step()
+    return [whole(p.detach()) for p in params]
 
 
 def agreed(rank: int, mesh: Any) -> int:

@@ -93,9 +93,7 @@ def test_ddp_trains_as_one_process(name, tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), *sys.path])}
     command = [sys.executable, "-c", WORKER, name]
     workers = [
-        subprocess.Popen(
-            [*command, str(rank), "2", str(tmp_path)], env=environment, stderr=subprocess.PIPE, text=True
-        )
+        subprocess.Popen([*command, str(rank), "2", str(tmp_path)], env=environment, stderr=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
     for worker in workers:

@@ -454,26 +454,3 @@ def test_groups_that_are_not_convex_are_refused():
     with pytest.raises(ValueError, match="solver='pg' needs a convex penalty on groups, got GroupMCP"):
         RAMDA([p], reg=GroupMCP(0.1, 3.0), solver="pg")
     RAMDA([p], reg=GroupMCP(0.1, 3.0))
-
-
-def test_groups_that_shards_cut_are_refused():
-    """Their iterations would need sums over the ranks each time."""
-
-    class Shard:
-        dim = 0
-
-        def is_partial(self):
-            return False
-
-    class Mesh:
-        def get_coordinate(self):
-            return (0,)
-
-        def size(self, dim):
-            return 2
-
-    sharded = torch.nn.Parameter(torch.ones(4, 3))
-    sharded._local_tensor, sharded.placements, sharded.device_mesh = sharded.data[:2], (Shard(),), Mesh()
-    with pytest.raises(NotImplementedError, match="its shards cut its groups, and ramda_pg needs more of them than"):
-        RAMDA([sharded], reg=GroupLasso(0.1, "in"), solver="pg")
-    RAMDA([sharded], reg=GroupLasso(0.1, "out"), solver="pg")

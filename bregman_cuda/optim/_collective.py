@@ -1,131 +1,171 @@
-"""Groups that lie on several ranks: their squares are summed over the ranks in the middle of a step.
+"""Prox points that need sums over ranks in the middle of a step.
 
-All such tensors of an optimizer first advance their state, up to the prox of groups (`CutBucket.run`); then one
-collective per process group sums the squares of all of them, and every tensor finishes its step (`finish`).
+All such tensors of an optimizer first advance their state, up to the first sums that their prox asks for
+(`CutBucket.run`); then a round of one collective per process group serves all of them, until they ask no more
+(`finish`): one round for the norms of groups, more for a group's root in a metric.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from .._math import number_like
+from ..regularizers._rounds import Rounds, Whole, alone
 from ._masks import unpack
-from ._plan import Bucket, GroupPlan
+from ._plan import Bucket, GroupPlan, budgets
 from ._rule import Hyper, Rule
-from ._shards import cut_along, local
+from ._shards import Part, cut_along, is_sharded, local
 
 if TYPE_CHECKING:
     from ._base import SparseOptimizer
 
 
+class Unit:
+    """Tensors in the middle of their step, what they ask for, and what they are sent for it: one unless they share a
+    budget."""
+
+    def __init__(self, params: list[Any], rounds: Rounds[None]):
+        self.params, self.rounds = params, rounds
+        self.asked: list[Tensor] | None = None
+        self.send(None)
+
+    def send(self, sums: Any) -> None:
+        try:
+            self.asked = self.rounds.send(sums)
+        except StopIteration:
+            self.asked = None
+
+
 class CutBucket(Bucket):
-    """Parameters whose groups are cut by shard boundaries, in plain torch: the halves of `reference.step_`."""
+    """Parameters whose prox needs sums over ranks, in plain torch."""
 
     def __init__(
         self, rule: Rule, params: list[Tensor], states: list[dict[str, Any]], index: list[int], wholes: list[Any]
     ):
         super().__init__(rule, params, states, index, live=False)
-        self.wholes = wholes  # the DTensors, of which `params` are this rank's parts
-        self.halfway: list[tuple[Tensor, Tensor, Callable[[Tensor], None]]] = []
+        self.wholes = [(p, Part(p) if is_sharded(p) else Whole(p.shape)) for p in wholes]
+        self.units: list[Unit] = []
 
     def run_host(self, group: dict[str, Any], grads: list[Tensor], h: Hyper, factor: float) -> None:
-        h = {name: float(value) for name, value in h.items()}
-        self.halfway = [
-            (whole, *self._advance(group["reg"], h, whole, param, grad, state, factor))
-            for whole, param, grad, state in zip(self.wholes, self.params, grads, self.states)
+        h, reg = {name: float(value) for name, value in h.items()}, group["reg"]
+        tensors = []
+        for param, grad, state in zip(self.params, grads, self.states):
+            parts = {slot: local(value) for slot, value in state.items()}
+            mask = unpack(parts["mask"], param) if "mask" in parts else None
+            tensors.append((param, grad, parts, mask))
+        if -1 in budgets(reg, self.params):
+            wholes = [whole for _, whole in self.wholes]
+            rounds = reference.together_in_rounds(self.rule, reg, h, tensors, factor, wholes)
+            self.units = [Unit([param for param, _ in self.wholes], rounds)]
+            return
+        self.units = [
+            Unit([param], reference.in_rounds(self.rule, reg, h, *tensor, factor, whole))
+            for tensor, (param, whole) in zip(tensors, self.wholes)
         ]
-
-    def _advance(
-        self, reg: Any, h: Any, whole: Any, param: Tensor, grad: Tensor, state: dict[str, Any], grad_scale: float
-    ) -> tuple[Tensor, Callable[[Tensor], None]]:
-        """The squares of this rank's pieces of groups, and what takes those of whole groups to finish the step."""
-        rule, parts = self.rule, {slot: local(value) for slot, value in state.items()}
-        mask = unpack(parts["mask"], param) if "mask" in parts else None
-        z, step, before, grad = reference.advance(rule, h, param, grad, parts, mask, grad_scale)
-        scale = number_like(step, z)
-        x = reg._prox_of_elements(z, scale)
-
-        def finish(squares: Tensor) -> None:
-            norms = squares.sqrt().to(x.dtype)
-            q = reg._prox_of_groups(x, norms, scale * reg.group_weight(whole.shape)) if x.numel() else x
-            reference.finish(rule, h, q, before, grad, param, parts, mask)
-
-        return reg._group_squares(x), finish
 
 
 def finish(optimizer: SparseOptimizer, plans: Sequence[GroupPlan]) -> None:
-    """Sums what the plans' cut buckets left halfway over the ranks, and finishes their step.
+    """Sums over the ranks what the plans' cut buckets ask for, until their step is done.
 
-    Every rank sums a place for every such tensor, with a gradient or without, so that no rank waits for another.
+    Every rank has a place for every such tensor, with a gradient or without, so that no rank waits for another.
 
     Raises:
         RuntimeError: only some ranks have a gradient of a tensor (on CUDA: an assertion on the device).
     """
-    places = _places(optimizer)
-    if not places:
-        return
+    cut = [bucket for plan in plans for bucket in plan.buckets if isinstance(bucket, CutBucket)]
+    units = [unit for bucket in cut for unit in bucket.units]
+    stepped = {id(p) for unit in units for p in unit.params}
+    places = [place for place in _places(optimizer) if not place.skips(id(place.param) in stepped)]
+    for number in range(max((len(place.shapes) for place in places), default=0)):
+        asked = {id(p): part for unit in units if unit.asked for p, part in zip(unit.params, unit.asked)}
+        _sum([place for place in places if number < len(place.shapes)], number, asked)
+        for unit in units:
+            if unit.asked:
+                unit.send([asked[id(p)] for p in unit.params])
+    for bucket in cut:
+        bucket.units = []  # the points of a step need not outlive it
+
+
+class Place:
+    """A parameter whose prox sums over ranks: whom with, and the shapes of its sums, round by round."""
+
+    def __init__(self, optimizer: SparseOptimizer, group: dict[str, Any], param: Any, along: tuple[int, ...]):
+        self.param, self.reg, self.state = param, group["reg"], optimizer.state
+        self.groups = [param.device_mesh.get_group(dim) for dim in along]
+        self.shapes = _shapes(optimizer._rule(group), group, param)
+
+    def skips(self, counted: bool) -> bool:
+        """Whether this step leaves out the prox; `counted` if it is among the parameter's steps already."""
+        every: int = self.reg.every
+        return every > 1 and (int(self.state.get(self.param, {}).get("step", 0)) + (not counted)) % every != 0
+
+
+def _sum(places: list[Place], number: int, asked: dict[int, Tensor]) -> None:
+    """Replaces the parts that are asked for by their sums over ranks, one collective per process group."""
     from torch import distributed as dist
 
-    halfway = {
-        id(whole): (squares, then)
-        for plan in plans
-        for bucket in plan.buckets
-        if isinstance(bucket, CutBucket)
-        for whole, squares, then in bucket.halfway
+    ids = [id(place.param) for place in places]
+    sums = {
+        i: asked[i]
+        if i in asked
+        else torch.zeros(place.shapes[number], dtype=torch.float64, device=local(place.param).device)
+        for i, place in zip(ids, places)
     }
-    sums: list[Tensor] = []
-    for whole, shape, _ in places:
-        absent = torch.zeros(shape, dtype=torch.float64, device=local(whole).device)
-        sums.append(halfway[id(whole)][0] if id(whole) in halfway else absent)
     # How many ranks have a gradient, as 0 or 1 on the way in.
-    there = [s.new_full((1,), float(id(whole) in halfway)) for (whole, _, _), s in zip(places, sums)]
-    for process_group in dict.fromkeys(group for _, _, groups in places for group in groups):
-        mine = [i for i, (_, _, groups) in enumerate(places) if process_group in groups]
+    there = {i: sums[i].new_full((1,), float(i in asked)) for i in ids}
+    for process_group in dict.fromkeys(group for place in places for group in place.groups):
+        mine = [i for i, place in zip(ids, places) if process_group in place.groups]
         pieces = [*(sums[i].reshape(-1) for i in mine), *(there[i] for i in mine)]
         together = torch.cat(pieces)
         dist.all_reduce(together, group=process_group)
         ranks = dist.get_world_size(process_group)
-        for i, total, count in zip(mine, *_halves(together.split([len(p) for p in pieces]))):
+        found = together.split([len(piece) for piece in pieces])
+        for i, total, count in zip(mine, found[: len(mine)], found[len(mine) :]):
             sums[i], there[i] = total.view(sums[i].shape), count / ranks
         some = torch.cat([there[i] for i in mine])
         torch._assert_async(
             ((some == 0) | (some == 1)).all(),
             "a parameter whose groups lie on several ranks has a gradient on some of them only; all or none must",
         )
-    for (whole, _, _), total in zip(places, sums):
-        if id(whole) in halfway:
-            halfway[id(whole)][1](total)
-    for plan in plans:
-        for bucket in plan.buckets:
-            if isinstance(bucket, CutBucket):
-                bucket.halfway = []  # the points of a step need not outlive it
+    asked.update((i, total) for i, total in sums.items() if i in asked)
 
 
-def _halves(pieces: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    return pieces[: len(pieces) // 2], pieces[len(pieces) // 2 :]
+def _shapes(rule: Rule, group: dict[str, Any], param: Any) -> list[torch.Size]:
+    """The shapes that a parameter asks for: those of a prox of zeros."""
+    zero = torch.zeros_like(local(param.detach()), dtype=reference.state_dtype(param))
+    h = {name: float(value) for name, value in rule.hyper(group, 1.0, *(1.0 for _ in rule.counters)).items()}
+    scale = torch.zeros_like(zero) if rule.per_element else 1.0
+    shapes: list[torch.Size] = []
+
+    def listed(rounds: Rounds[Tensor]) -> Rounds[Tensor]:
+        asked = next(rounds)
+        while True:
+            shapes.extend(part.shape for part in asked)
+            try:
+                asked = rounds.send((yield asked))
+            except StopIteration as end:
+                return end.value
+
+    alone(listed(rule.shrink(group["reg"], zero, scale, h, zero, Part(param))))
+    return shapes
 
 
-def _places(optimizer: SparseOptimizer) -> list[Any]:
-    """Of every parameter whose groups are cut: itself, the shape of its sums here, and whom to sum with.
-
-    The order is the optimizer's, the same on all ranks; so is the order of the collectives."""
-    regs = [group["reg"] for group in optimizer.param_groups]
+def _places(optimizer: SparseOptimizer) -> list[Place]:
+    """The order is the optimizer's, the same on all ranks; so is the order of the collectives."""
     key = [
-        (type(reg), getattr(reg, "groups", None), *map(id, group["params"]))
-        for reg, group in zip(regs, optimizer.param_groups)
+        (type(reg := group["reg"]), getattr(reg, "groups", 0), optimizer._rule(group).name, *map(id, group["params"]))
+        for group in optimizer.param_groups
     ]
     if optimizer._cut is None or optimizer._cut[0] != key:
-        places = []
-        for reg, group in zip(regs, optimizer.param_groups):
-            for param in group["params"]:
-                if along := cut_along(param, reg):
-                    dims, part = reg.groups_of(param.shape), local(param)
-                    shape = [size if d in dims else 1 for d, size in enumerate(part.shape)]
-                    places.append((param, shape, [param.device_mesh.get_group(i) for i in along]))
+        places = [
+            Place(optimizer, group, param, along)
+            for group in optimizer.param_groups
+            for param in group["params"]
+            if (along := cut_along(param, group["reg"], optimizer._rule(group)))
+        ]
         optimizer._cut = (key, places)
     return optimizer._cut[1]

@@ -25,8 +25,7 @@ def proximal_gradient(
     over groups as their experiments' code has them.
 
     On the CPU it returns when it ends; elsewhere, and where alpha is a tensor, nothing is read on the host: `most`
-    iterations run, and those after the end change nothing. Both return the same bits. The parts of a sharded parameter
-    end by themselves, so that another number of ranks gives another point within the tolerance.
+    iterations run, and those after the end change nothing. Both return the same bits.
 
     Args:
         z, start: fp32 or fp64 of one shape; the minimum of the quadratic, and a guess.

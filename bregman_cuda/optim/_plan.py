@@ -296,9 +296,9 @@ class GroupPlan:
         split: dict[tuple[Any, ...], list[int]] = {}
         for position, i in enumerate(active):
             state = optimizer._init_state(params[i], group, rule)
-            cut = bool(cut_along(params[i], reg))
+            cut = bool(cut_along(params[i], reg, rule))
             kernels, why = (
-                (None, "shards cut its groups, whose norms need a sum over the ranks in mid-step")
+                (None, "its shards cut groups, or all of it is needed at once: sums over ranks in mid-step")
                 if cut
                 else _backend.kernels_for(local(params[i]), group["fused"], rule, reg)
             )
@@ -309,8 +309,8 @@ class GroupPlan:
             split.setdefault(key, []).append(position)
         if -1 in budgets(reg, params) and len(split) > 1:  # one prox, one bucket: in plain torch where any needs that
             served = {key[-1] for key in split}
-            live = any(key[-3] for key in split)
-            split = {(live, False, None if None in served else served.pop()): list(range(len(active)))}
+            live, cut = (any(key[place] for key in split) for place in (-3, -2))
+            split = {(live, cut, None if None in served else served.pop()): list(range(len(active)))}
         for (*_, live, cut, kernels), positions in split.items():
             states = [optimizer.state[params[active[k]]] for k in positions]
             chosen = [local(params[active[k]]) for k in positions]

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..regularizers._rounds import Rounds, Whole
+
 State = dict[str, Tensor]
 Hyper = dict[str, Any]  # floats, or 0-dim tensors where an option or the step count is one
 COUNTERS = ("step", "alpha")  # the scalars of a state, in float64; everything else has the parameter's shape
@@ -41,6 +43,10 @@ class Rule:
     plain: str = ""  # empty, or why it runs in plain torch: it has no kernels
     counters: tuple[str, ...] = ()  # scalars besides the step count, from COUNTERS, that grow once per step
 
+    def asks_for_all(self, reg: Any) -> bool:
+        """Whether `shrink` needs more of a tensor that is not here than sums over its groups."""
+        return reg is not None and bool(reg.whole)
+
     @property
     def per_element(self) -> bool:
         """Whether the prox scale is a tensor of the parameter's shape."""
@@ -66,11 +72,10 @@ class Rule:
         """Update the state in place and return the pre-prox point and its prox scale."""
         raise NotImplementedError
 
-    def shrink(self, reg: Any, z: Tensor, scale: Any, h: Hyper, param: Tensor) -> Tensor:
-        """The prox point, from the parameter before the step, too; anything else than the prox asks for kernels of its
-        own."""
-        point: Tensor = reg.prox(z, scale)
-        return point
+    def shrink(self, reg: Any, z: Tensor, scale: Any, h: Hyper, param: Tensor, whole: Whole) -> Rounds[Tensor]:
+        """The prox point, from the parameter before the step, too, of the part that is here. Anything else than the
+        prox asks for kernels of its own."""
+        return (yield from reg.prox_in_rounds(z, scale, whole))
 
     def finish(self, q: Tensor, param: Tensor, state: State, h: Hyper) -> Tensor:
         """The new parameter from the prox point."""

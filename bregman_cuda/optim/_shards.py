@@ -5,12 +5,14 @@ Recognised by the attribute that holds the part: importing torch.distributed.ten
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..regularizers._rounds import Whole
 from ._rule import Rule
 
 
@@ -22,6 +24,11 @@ def is_sharded(tensor: Tensor) -> bool:
 def local(tensor: Any) -> Any:
     """The part of a DTensor that this rank holds; anything else as it is."""
     return getattr(tensor, "_local_tensor", tensor)
+
+
+def gathered(tensor: Any) -> Any:
+    """All of a DTensor, on every rank, which ask for it together; anything else as it is."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def layout(tensor: Any) -> str:
@@ -49,18 +56,17 @@ def sharded_as(param: Any, whole: Tensor) -> Any:
     )
 
 
-def cut_along(param: Any, reg: Any) -> tuple[int, ...]:
-    """The dims of the mesh whose ranks hold pieces of the same groups; none where every group is on one rank.
-
-    All ranks along them hold as many groups: a dim of the tensor either identifies groups or is summed over.
-    """
-    return _cut_along(param, reg) if is_sharded(param) else ()
+def cut_along(param: Any, reg: Any, rule: Rule | None = None) -> tuple[int, ...]:
+    """The dims of the mesh over whose ranks a prox sums: those that hold pieces of the same groups, or of a tensor that
+    `reg` or the rule needs as a whole; none where every group is on one rank."""
+    return _cut_along(param, reg, rule) if is_sharded(param) else ()
 
 
-def _cut_along(param: Any, reg: Any) -> tuple[int, ...]:
-    if reg is None or reg.radial is None:
+def _cut_along(param: Any, reg: Any, rule: Rule | None = None) -> tuple[int, ...]:
+    everything = reg is not None and (bool(reg.whole) if rule is None else rule.asks_for_all(reg))
+    if reg is None or not (everything or reg.radial is not None):
         return ()
-    dims, mesh = reg.groups_of(param.shape), param.device_mesh
+    dims, mesh = () if everything else reg.groups_of(param.shape), param.device_mesh
     if mesh.get_coordinate() is None:
         return ()  # this rank has no part in it
     along = []
@@ -71,23 +77,48 @@ def _cut_along(param: Any, reg: Any) -> tuple[int, ...]:
     return tuple(along)
 
 
+class Part(Whole):
+    """Where this rank's part of a DTensor lies in it."""
+
+    def __init__(self, param: Any):
+        super().__init__(param.shape)
+        self.param = param
+        self.known: dict[Any, Tensor] = {}
+
+    def spread(self, part: Tensor, dims: Sequence[int] | None = None) -> Tensor:
+        shape = [n if dims is None or d in dims else 1 for d, n in enumerate(self.shape)]
+        whole = torch.zeros(math.prod(shape), dtype=torch.float64, device=part.device)
+        whole[self._places(dims).flatten()] = part.double().flatten()
+        return whole.view(shape)
+
+    def part(self, whole: Tensor, dims: Sequence[int] | None = None) -> Tensor:
+        return whole.flatten()[self._places(dims)]
+
+    def _places(self, dims: Sequence[int] | None) -> Tensor:
+        """Which of the elements (of the groups) of the whole are here: numbers, in the shape of the part."""
+        if dims not in self.known:
+            from torch.distributed.tensor import DTensor, Replicate
+
+            mesh, ndim = self.param.device_mesh, len(self.shape)
+            shape = [n if dims is None or d in dims else 1 for d, n in enumerate(self.shape)]
+            numbers = torch.arange(math.prod(shape), device=local(self.param).device).view(shape)
+            kept = [
+                p if (d := getattr(p, "dim", None)) is not None and (dims is None or d % ndim in dims) else Replicate()
+                for p in self.param.placements
+            ]
+            whole = DTensor.from_local(numbers, mesh, [Replicate()] * mesh.ndim, run_check=False)
+            self.known[dims] = local(whole.redistribute(placements=kept))
+        return self.known[dims]
+
+
 def why_refused(param: Any, reg: Any, rule: Rule, capturable: bool) -> str:
     """Empty, or why a sharded parameter cannot be stepped."""
     if not is_sharded(param):
         return ""
     if any(placement.is_partial() for placement in param.placements):
         return "its ranks hold summands (a Partial placement), not parts"
-    if reg is not None and reg.whole:
-        return f"{type(reg).__name__} cannot regularize a sharded parameter: {reg.whole}"
-    if rule.per_element and cut_along(param, reg):
-        return (
-            f"its shards cut its groups, and {rule.name} needs more of them than their norms: such a group must "
-            "be on one rank; choose groups along the sharded dim, or an elementwise regularizer"
-        )
-    if capturable and cut_along(param, reg):
-        return (
-            "its shards cut its groups, whose sums over the ranks in mid-step cannot be captured: set capturable=False"
-        )
+    if capturable and cut_along(param, reg, rule):
+        return "its prox sums over the ranks that hold it in mid-step, which cannot be captured: set capturable=False"
     return ""
 
 
@@ -96,7 +127,7 @@ def initial_values(
 ) -> dict[str, Tensor | None]:
     """What `rule` puts in new slots of this rank's part, in the state's dtype; None for zeros.
 
-    Where shards cut groups, the dual depends on norms of whole groups: the tensor is gathered for it, once.
+    Where shards cut groups, the dual depends on whole groups: the tensor is gathered for it, once.
     """
     if not slots:
         return {}
@@ -114,10 +145,10 @@ def initial_values(
 def for_prox(param: Any, reg: Any, state: dict[str, Any]) -> tuple[dict[str, Tensor], Callable[[Tensor], Tensor]]:
     """A parameter's state for a prox outside of a step, and what takes this rank's part from its result.
 
-    These are this rank's parts, and whole tensors where shards cut groups; all ranks ask for it together then.
+    These are this rank's parts, and whole tensors where the prox needs more; all ranks ask for it together then.
     """
     if is_sharded(param) and cut_along(param, reg):
-        return {name: t.full_tensor() for name, t in state.items()}, lambda value: local(sharded_as(param, value))
+        return {name: gathered(t) for name, t in state.items()}, lambda value: local(sharded_as(param, value))
     return {name: local(t) for name, t in state.items()}, lambda value: value
 
 
@@ -164,11 +195,11 @@ def found_inf_anywhere(found_inf: bool, params: Iterable[Any]) -> bool:
 # Inside torch.compile a DTensor has no attributes of its own, and answers to its type.
 
 
-def traced_cut(param: Any, reg: Any) -> bool:
-    """Whether shards cut the groups of a parameter."""
+def traced_cut(param: Any, reg: Any, rule: Rule) -> bool:
+    """See `cut_along`."""
     from torch.distributed.tensor import DTensor
 
-    return isinstance(param, DTensor) and bool(_cut_along(param, reg))
+    return isinstance(param, DTensor) and bool(_cut_along(param, reg, rule))
 
 
 def traced_parts(params: list[Any], grads: list[Any], states: list[dict[str, Any]]) -> tuple[Any, Any, Any]:

@@ -95,10 +95,10 @@ def traced_step(optimizer: SparseOptimizer) -> None:
         for param in group["params"]:
             if param.grad is None:
                 continue
-            if optimizer._sharded and traced_cut(param, group["reg"]):
+            if optimizer._sharded and traced_cut(param, group["reg"], rule):
                 raise RuntimeError(
-                    "a compiled step does not sum over ranks, and shards cut the groups of a parameter: "
-                    "step outside torch.compile"
+                    "a compiled step does not sum over ranks, and shards cut the groups of a parameter (or all of it "
+                    "is needed at once): step outside torch.compile"
                 )
             state = optimizer.state[param]
             for bucket in buckets:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,9 +14,10 @@ from .._backend import why_no_half_space
 from .._math import number_like
 from ..regularizers import Regularizer
 from ..regularizers._base import check_number
+from ..regularizers._rounds import Rounds, Whole
 from ._base import SparseOptimizer, is_capturing
 from ._rule import Hyper, Rule, State, number
-from ._shards import is_sharded
+from ._shards import gathered
 from .linbreg import check_momentum
 from .proxsgd import ProxSGDMomentumRule
 
@@ -36,11 +38,11 @@ class HalfSpaceRule(Rule):
         buffer.copy_(buffer * h["momentum"] + grad)
         return param - buffer * h["lr"], param
 
-    def shrink(self, reg: Regularizer, z: Tensor, scale: Any, h: Hyper, param: Tensor) -> Tensor:
-        return half_space_step(reg, z, scale, h["lr"], h["epsilon"])
+    def shrink(self, reg: Regularizer, z: Tensor, scale: Any, h: Hyper, param: Tensor, whole: Whole) -> Rounds[Tensor]:
+        return (yield from half_space_step(reg, z, scale, h["lr"], h["epsilon"], whole))
 
 
-def half_space_step(reg: Regularizer, z: Tensor, p: Tensor, lr: Any, epsilon: Any) -> Tensor:
+def half_space_step(reg: Regularizer, z: Tensor, p: Tensor, lr: Any, epsilon: Any, whole: Whole) -> Rounds[Tensor]:
     """x = z - lr * (subgradient of J at p), and zero for every group with <x, p> < epsilon ||p||^2, or p zero there.
 
     The twin of csrc/math/half_space.h where J is a function of group norms whose slope is a line.
@@ -48,27 +50,30 @@ def half_space_step(reg: Regularizer, z: Tensor, p: Tensor, lr: Any, epsilon: An
     Args:
         z, p: fp32 or fp64 of one shape: the point after the gradient step, and the parameter before it.
     """
-    dims = reg.groups_of(p.shape)
+    dims = reg.groups_of(whole.shape)
     assert dims is not None
-    if not p.numel():
-        return z
     reduced = [d for d in range(p.ndim) if d not in dims]
     line = None if reg.radial is None else reg.radial.line(p.dtype)
 
-    def total(x: Tensor) -> Tensor:
+    def product(x: Tensor) -> Tensor:
+        x = x.double() * p.double()
         return x.sum(reduced, keepdim=True) if reduced else x
 
-    squares = total(p.double().square())
     if line is None:
-        x = z - reg.subgradient(p) * lr
-        left = total(x.double() * p.double()) < epsilon * squares
+        [total] = yield [whole.spread(product(p), dims)]
+        squares, pull = whole.part(total, dims), whole.part(reg._pull(total, whole.shape, p.dtype), dims)
+        x = z - p * pull * lr
+        [total] = yield [whole.spread(product(x), dims)]
+        left = whole.part(total, dims) < epsilon * squares
         return torch.where((squares == 0) | left, z - z, x)
-    weight = number_like(reg.group_weight(p.shape), p)
+    [total] = yield [torch.stack([product(p), product(z)])]
+    squares, along = total
+    weight = number_like(reg.group_weight(whole.shape) if math.prod(whole.shape) else 1.0, p)
     level, bend = (number_like(v, p) * weight for v in line)
     norms, lr, epsilon = squares.sqrt(), *(number_like(v, p) for v in (lr, epsilon))
     slope = level.double() - bend.double() * norms
     pull = (lr.double() * torch.where(slope > 0, slope, 0.0) / norms).to(p.dtype)
-    left = total(z.double() * p.double()) - pull.double() * squares < epsilon.double() * squares
+    left = along - pull.double() * squares < epsilon.double() * squares
     return torch.where((squares == 0) | left, z - z, z - p * pull)
 
 
@@ -102,7 +107,6 @@ class HSPG(SparseOptimizer):
 
     Raises:
         ValueError, TypeError: a parameter out of its range, or end without a k; nothing was changed.
-        NotImplementedError: end with a sharded parameter.
 
     >>> p = torch.nn.Parameter(torch.tensor([[0.1, 0.1], [1.0, 1.0]]))
     >>> optimizer = HSPG([p], lr=0.5, reg=GroupLasso(0.2, weight="none"))
@@ -166,20 +170,6 @@ class HSPG(SparseOptimizer):
     def _rule(self, group: dict[str, Any]) -> Rule:
         return _HALF_SPACE if group.get("projecting") or group["start"] == 0 else _PROX
 
-    def _check(self, group: dict[str, Any]) -> None:
-        super()._check(group)
-        if not group.get("projecting"):  # what the second phase refuses is refused from the start
-            super()._check({**group, "projecting": True})
-        if group["end"] is not None and group["reg"] is not None:
-            self._check_whole(f"HSPG: end={group['end']!r}", group)
-
-    def _check_whole(self, owner: str, group: dict[str, Any]) -> None:
-        for index, param in enumerate(group["params"]):
-            if is_sharded(param):
-                raise NotImplementedError(
-                    f"{owner}: {self._describe(group, index)} is sharded, and groups of a DTensor are not compared"
-                )
-
     def _check_traced(self, group: dict[str, Any], how: str = "compiled") -> None:
         for name, call in (("start", "half_space()"), ("end", "keep_top(k)")):
             if group[name]:  # at start=0 there is nothing to count
@@ -219,14 +209,14 @@ class HSPG(SparseOptimizer):
     def keep_top(self, k: int | None = None) -> None:
         """Keep the k groups of largest norm of every tensor with a regularizer, and mask the others for good.
 
-        Does not wait for the device. Groups that were masked before stay so. A tensor with fewer groups keeps them all.
+        Does not wait for the device; a sharded tensor is gathered, one at a time. Groups that were masked before stay
+        so. A tensor with fewer groups keeps them all.
 
         Args:
             k: number of groups; None: that of each parameter group, or of its regularizer.
 
         Raises:
             ValueError: k is not a positive number, or None where there is none; nothing was changed.
-            NotImplementedError: a sharded parameter; nothing was changed.
         """
         _check_count("keep_top", "k", k, "groups", 1)
         self._keep_top("keep_top", self.param_groups, k)
@@ -234,7 +224,6 @@ class HSPG(SparseOptimizer):
     def _keep_top(self, owner: str, groups: list[dict[str, Any]], k: int | None = None) -> None:
         groups = [group for group in groups if group["reg"] is not None and group["params"]]
         for group in groups:
-            self._check_whole(owner, group)
             if k is None and _most(group) is None:
                 reg = type(group["reg"]).__name__
                 raise ValueError(f"{owner}: no k for {self._describe(group, 0)}: neither its group nor {reg} has one")
@@ -243,11 +232,11 @@ class HSPG(SparseOptimizer):
             for param in group["params"]:
                 if not param.numel():
                     continue
-                norms = group["reg"].group_norms(param.detach().to(reference.state_dtype(param)))
+                norms = group["reg"].group_norms(gathered(param.detach()).to(reference.state_dtype(param)))
                 first = norms.flatten().argsort(descending=True, stable=True)[:most]  # ties: the same on every device
                 keep = torch.zeros(norms.numel(), dtype=torch.bool, device=norms.device).scatter_(0, first, True)
                 mask, known = keep.view(norms.shape).expand(param.shape), self.get_mask(param)
-                self.set_mask(param, (mask & known) if known is not None else mask.contiguous())
+                self.set_mask(param, (mask & gathered(known)) if known is not None else mask.contiguous())
 
 
 def _check_count(owner: str, name: str, value: Any, what: str, least: int) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from .._math import cube_root
 from ..regularizers import Regularizer
 from ..regularizers._base import check_number
+from ..regularizers._rounds import Rounds, Whole
 from ._base import SparseOptimizer
 from ._inexact import proximal_gradient
 from ._rule import Hyper, Rule, State, number
@@ -126,8 +127,16 @@ class InexactRAMDARule(RAMDARule):
         metric = cube_root(state["square_sum"]) + h["eps"]
         return state["start"] - state["gradient_sum"] * (1 / metric), metric
 
-    def shrink(self, reg: Regularizer, z: Tensor, scale: Any, h: Hyper, param: Tensor) -> Tensor:
-        return proximal_gradient(reg, z, scale, h["alpha"], param, int(h["max_iters"]), h["rtol"])
+    def asks_for_all(self, reg: Any) -> bool:
+        return reg is not None and (reg.radial is not None or bool(reg.whole))
+
+    def shrink(self, reg: Regularizer, z: Tensor, scale: Any, h: Hyper, param: Tensor, whole: Whole) -> Rounds[Tensor]:
+        everything = self.asks_for_all(reg)  # where the iteration ends depends on all groups
+        if everything:
+            [total] = yield [torch.stack([whole.spread(t) for t in (z, scale, param)])]
+            z, scale, param = total.to(z.dtype)
+        q = proximal_gradient(reg, z, scale, h["alpha"], param, int(h["max_iters"]), h["rtol"])
+        return whole.part(q) if everything else q
 
     def finish(self, q: Tensor, param: Tensor, state: State, h: Hyper) -> Tensor:
         state["point"].copy_(q)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .._math import number_like
+from ._rounds import Rounds, Whole, alone
 from ._weighted import weighted_group_prox
 
 Step = Union[float, Tensor]
@@ -66,8 +67,8 @@ class Regularizer:
     bounds: ClassVar[dict[str, tuple[float, float]]] = {"lam": (0.0, math.inf)}
     above: ClassVar[tuple[str, ...]] = ()  # parameters that must exceed their lower bound
     convex: ClassVar[bool] = True  # Bregman optimizers need it: their dual is a subgradient
-    # Empty, or why the prox needs a whole tensor at once: no composition of phi and psi, so no shards, and no kernels
-    # but those for budgets.
+    # Empty, or why the prox needs a whole tensor at once: no composition of phi and psi, so no kernels but those for
+    # budgets.
     whole: ClassVar[str] = ""
     budgets_kernel: ClassVar[bool] = False  # whether the kernels know its groups' shares of a budget nevertheless
     every: int = 1  # the prox is taken at every so many steps, with so many times the step size; > 1 needs `whole`
@@ -133,11 +134,11 @@ class Regularizer:
 
     def prox_together(self, points: Sequence[Tensor], step: Step) -> list[Tensor]:
         """The prox of all tensors of a parameter group; of each by itself unless they share a budget."""
-        return [self.prox(x, step) for x in points]
+        return alone(self.together_in_rounds(points, step, [Whole(x.shape) for x in points]))
 
     def group_norms(self, x: Tensor) -> Tensor:
         """Euclidean norm of every group, with the reduced dimensions kept at size 1. Sums run in float64."""
-        return x.abs() if self.groups_of(x.shape) is None else self._group_squares(x).sqrt().to(x.dtype)
+        return x.abs() if self.groups_of(x.shape) is None else self._group_squares(x, x.shape).sqrt().to(x.dtype)
 
     def value(self, x: Tensor) -> Tensor:
         """J(x), a 0-dim tensor; differentiable where J is."""
@@ -162,22 +163,11 @@ class Regularizer:
             ValueError: steps per element, and a penalty on group norms whose prox is not known then; or a tensor lam
                 that turned NaN or negative.
         """
-        scale = number_like(step, x)
-        per_element = self._per_element(x, step)
+        self._per_element(x, step)
         self.check_tensors()
         if torch.is_tensor(factor := self.nan_or_one()):
             x = x * factor.to(x.dtype)
-        x = self._prox_of_elements(x, scale)
-        if self.radial is not None and per_element:
-            dims = self.groups_of(x.shape) or ()
-            reduced = [d for d in range(x.ndim) if d not in dims]
-            level, slope = self.radial.line(x.dtype) or (0.0, 0.0)
-            level, slope = (number_like(v, x) for v in (level, slope))
-            weight = self.group_weight(x.shape) if x.numel() else 1.0
-            return weighted_group_prox(x, scale, level * weight, slope * weight, reduced)
-        if self.radial is not None and x.numel():
-            x = self._prox_of_groups(x, self.group_norms(x), scale * self.group_weight(x.shape))
-        return x
+        return alone(self._prox(x, step, Whole(x.shape)))
 
     def _per_element(self, x: Tensor, step: Step) -> bool:
         """Whether there is a step size for each element; refused where that prox is not known."""
@@ -213,7 +203,7 @@ class Regularizer:
         if self.elementwise is not None:
             result = result + self.elementwise._slope(x)
         if self.radial is not None and x.numel():
-            result = result + self._radial_gradient(x)
+            result = result + x * self._pull(self._group_squares(x, x.shape), x.shape, x.dtype)
         return result
 
     def subdiff_distance(self, x: Tensor, grad: Tensor) -> Tensor:
@@ -224,9 +214,9 @@ class Regularizer:
         """
         if self.radial is None:
             return grad.abs() if self.elementwise is None else self.elementwise._distance(x, grad)
-        norms, weight = self.group_norms(x), self.group_weight(x.shape)
-        alive = norms > 0
-        rest = torch.where(alive, grad + self._radial_gradient(x), grad)
+        squares, weight = self._group_squares(x, x.shape), self.group_weight(x.shape)
+        alive = squares.sqrt().to(x.dtype) > 0
+        rest = torch.where(alive, grad + x * self._pull(squares, x.shape, x.dtype), grad)
         rest = rest.abs() if self.elementwise is None else self.elementwise._distance(x, rest)
         rest = self.group_norms(rest)
         return torch.where(alive, rest, weight * self.radial._distance(torch.zeros_like(rest), rest / weight))
@@ -258,26 +248,47 @@ class Regularizer:
             raise ValueError(f"unknown regularizer {name!r}; known: {', '.join(sorted(known))}")
         return known[name](**values)
 
-    # The halves of the prox. Where a group lies on several ranks, its squares are summed over them in between.
+    def prox_in_rounds(self, x: Tensor, step: Step, whole: Whole) -> Rounds[Tensor]:
+        """`prox` of a part of a tensor. A subclass with a `prox` of its own gets all of it."""
+        if type(self).prox is Regularizer.prox:
+            return (yield from self._prox(x, step, whole))
+        [total] = yield [whole.spread(x)]
+        return whole.part(self.prox(total.to(x.dtype), step))
 
-    def _prox_of_elements(self, x: Tensor, scale: Tensor) -> Tensor:
-        return x if self.elementwise is None else self.elementwise._scalar_prox(x, scale)
+    def _prox(self, x: Tensor, step: Step, whole: Whole) -> Rounds[Tensor]:
+        scale = number_like(step, x)
+        if self.elementwise is not None:
+            x = self.elementwise._scalar_prox(x, scale)
+        if self.radial is None:
+            return x
+        weight = self.group_weight(whole.shape) if math.prod(whole.shape) else 1.0
+        if self._per_element(x, step):
+            level, slope = (number_like(v, x) * weight for v in self.radial.line(x.dtype) or (0.0, 0.0))
+            return (yield from weighted_group_prox(x, scale, level, slope, self._reduced(whole.shape)))
+        [squares] = yield [self._group_squares(x, whole.shape)]
+        return x * self._radial_factor(squares.sqrt().to(x.dtype), scale * weight) if x.numel() else x
 
-    def _group_squares(self, x: Tensor) -> Tensor:
-        dims = self.groups_of(x.shape)
+    def together_in_rounds(self, points: Sequence[Tensor], step: Step, wholes: Sequence[Whole]) -> Rounds[list[Tensor]]:
+        """`prox_together` of parts."""
+        results = []
+        for x, whole in zip(points, wholes):
+            results.append((yield from self.prox_in_rounds(x, step, whole)))
+        return results
+
+    def _reduced(self, shape: Sequence[int]) -> list[int]:
+        """The dims within a group."""
+        dims = self.groups_of(shape)
         assert dims is not None
-        reduced = [d for d in range(x.ndim) if d not in dims]
-        squares = x.double().square()
-        return squares.sum(reduced, keepdim=True) if reduced else squares
+        return [d for d in range(len(shape)) if d not in dims]
 
-    def _prox_of_groups(self, x: Tensor, norms: Tensor, scale: Tensor) -> Tensor:
-        return x * self._radial_factor(norms, scale)
+    def _group_squares(self, x: Tensor, shape: Sequence[int]) -> Tensor:
+        """Of a part of a tensor of this shape."""
+        squares, reduced = x.double().square(), self._reduced(shape)
+        return squares.sum(reduced, keepdim=True) if reduced else squares
 
     def _smooth_norms(self, x: Tensor) -> Tensor:
         # vector_norm has a zero subgradient at a zero group, where sqrt(sum) would give NaN.
-        dims = self.groups_of(x.shape)
-        assert dims is not None
-        reduced = [d for d in range(x.ndim) if d not in dims]
+        reduced = self._reduced(x.shape)
         return torch.linalg.vector_norm(x, dim=reduced, keepdim=True) if reduced else x.abs()
 
     def _radial_factor(self, norms: Tensor, scale: Tensor) -> Tensor:
@@ -287,11 +298,12 @@ class Regularizer:
         shrunk = self.radial._scalar_prox(norms, scale)
         return torch.where(shrunk == norms, torch.ones_like(norms), shrunk / norms)
 
-    def _radial_gradient(self, x: Tensor) -> Tensor:
+    def _pull(self, squares: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The subgradient with respect to groups of these squared norms, as a factor on their elements."""
         assert self.radial is not None
-        norms = self.group_norms(x)
+        norms = squares.sqrt().to(dtype)
         safe = torch.where(norms == 0, torch.ones_like(norms), norms)  # a zero group has subgradient zero
-        return x * (self.group_weight(x.shape) * self.radial._slope(norms) / safe)
+        return self.group_weight(shape) * self.radial._slope(norms) / safe
 
 
 class Separable(Regularizer):

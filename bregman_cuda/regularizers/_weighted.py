@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from .._math import number_like
+from ._rounds import Rounds
 
 
-def weighted_group_prox(x: Tensor, scale: Tensor, level: Any, slope: Any, reduced: list[int]) -> Tensor:
+def weighted_group_prox(x: Tensor, scale: Tensor, level: Any, slope: Any, reduced: list[int]) -> Rounds[Tensor]:
     """argmin_z  phi(||z||) + sum_i (z_i - x_i)^2 / (2 scale_i)  for each group, with phi'(t) = level - slope t.
 
     The group is zero if and only if ||x / scale|| <= level; otherwise z_i = x_i / (1 + rho scale_i) with
@@ -22,23 +23,24 @@ def weighted_group_prox(x: Tensor, scale: Tensor, level: Any, slope: Any, reduce
         level, slope: of phi, the group's weight included; numbers or 0-dim tensors of x's dtype.
         reduced: the dimensions within a group; none if every element is a group.
     """
-    if not x.numel():
-        return x
     if not reduced:
-        return weighted_group_prox(x.unsqueeze(-1), scale.unsqueeze(-1), level, slope, [x.dim()]).squeeze(-1)
+        wider = yield from weighted_group_prox(x.unsqueeze(-1), scale.unsqueeze(-1), level, slope, [x.dim()])
+        return wider.squeeze(-1)
     double = x.dtype == torch.float64
     level, slope = (number_like(value, x) for value in (level, slope))
 
-    def sums(part: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    def sums(part: Tensor, other: Tensor) -> Rounds[Tensor]:
         square = part.double().square()
-        return square.sum(reduced, keepdim=True), (square * other.double()).sum(reduced, keepdim=True)
+        pair = [square.sum(reduced, keepdim=True), (square * other.double()).sum(reduced, keepdim=True)]
+        [total] = yield [torch.stack(pair)]
+        return total
 
     def bent(scale: Tensor) -> Tensor:
         rest = 1 - slope * scale
         return torch.where(rest < 2.0**-7, 2.0**-7, rest)
 
     kept = torch.where(scale < (1e-75 if double else 1e-30), 1e-75 if double else 1e-30, scale)
-    a, b = sums(x / kept, bent(kept) / kept)
+    a, b = yield from sums(x / kept, bent(kept) / kept)
     norm, wide = a.sqrt(), level.double()
     t = a * (norm - wide) / b
     t = torch.where(norm <= wide, 0.0, torch.where(norm - norm != 0, norm, t))
@@ -46,7 +48,7 @@ def weighted_group_prox(x: Tensor, scale: Tensor, level: Any, slope: Any, reduce
         rest = bent(scale)
         t = t.to(x.dtype).double()
         q = 1 / (t.to(x.dtype) * rest + level * scale)
-        a, b = sums(x * q, q * rest)
+        a, b = yield from sums(x * q, q * rest)
         after = t + a * (a.sqrt() - 1) / b
         exponent = _rough_log2(a.float()) * (a / (2 * t * b)).float()
         far = t * _rough_exp2(torch.where(exponent < 60, exponent, 60)).double()

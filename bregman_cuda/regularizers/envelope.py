@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .._math import number_like
 from ._base import Grouped, Regularizer, Step, check_number
+from ._rounds import Rounds, Whole
 
 _INFINITE = 1e300  # stands for an infinite norm in the sums below, so that no inf - inf or inf / inf arises
 
@@ -105,12 +106,8 @@ class GroupEnvelope(Grouped):
         if not x.numel():
             return x.new_zeros(())
         # The best u is a constant for the derivative (envelope theorem), so autograd gives d_G x_G / u_G.
-        stretch = self._stretch(x.detach())
+        stretch = self._stretch(self.group_norms(x.detach().double()), x.shape)
         return 0.5 * (self.lam * x.double().square() * stretch).sum().to(x.dtype)
-
-    def prox(self, x: Tensor, step: Step) -> Tensor:
-        self._per_element(x, step)
-        return self._prox([x], step)[0]
 
     def prox_together(self, points: Sequence[Tensor], step: float | Tensor) -> list[Tensor]:
         """The prox of each tensor with a k of its own, or with one k for all of them (scope="all").
@@ -119,34 +116,51 @@ class GroupEnvelope(Grouped):
             points: tensors of any shapes and of one device.
             step: a number or a 0-dim tensor, the same for all.
         """
-        return self._prox(points, step) if self.scope == "all" else [self.prox(x, step) for x in points]
+        return super().prox_together(points, step)
 
-    def _prox(self, points: Sequence[Tensor], step: Step) -> list[Tensor]:
+    def _prox(self, x: Tensor, step: Step, whole: Whole) -> Rounds[Tensor]:
+        [result] = yield from self._prox_of_all([x], step, [whole])
+        return result
+
+    def together_in_rounds(self, points: Sequence[Tensor], step: Step, wholes: Sequence[Whole]) -> Rounds[list[Tensor]]:
+        together = self._prox_of_all if self.scope == "all" else super().together_in_rounds
+        return (yield from together(points, step, wholes))
+
+    def _prox_of_all(self, points: Sequence[Tensor], step: Step, wholes: Sequence[Whole]) -> Rounds[list[Tensor]]:
         if not points:
             return []
-        for x in points:
-            self.groups_of(x.shape)
-        norms, decays = [], []
-        for x in points:
-            norms.append(self.group_norms(x.double()))
+        dims = [self.groups_of(whole.shape) for whole in wholes]
+        parts = [self._group_squares(x, whole.shape) for x, whole in zip(points, wholes)]
+        sums = yield [whole.spread(part, d) for part, whole, d in zip(parts, wholes, dims)]
+        norms = [squares.sqrt() for squares in sums]
+        decays = []
+        for x, norm, whole in zip(points, norms, wholes):
             scale = number_like(step, x, torch.float64) * self.lam
-            decay = (scale * self._weights(x)).clamp_max(_INFINITE)
-            decays.append(decay.expand_as(norms[-1]) if x.numel() else norms[-1])
+            decay = (scale * self._weights(whole.shape, norm)).clamp_max(_INFINITE) if norm.numel() else norm
+            decays.append(decay.expand_as(norm))
         norm, decay = (torch.cat([x.flatten() for x in several]) for several in (norms, decays))
         share = _shares(_finite(norm), decay, self.k) if len(norm) else norm
         factor = torch.where(decay == 0, torch.ones_like(share), share / (share + decay))
         factors = torch.where(norm.isnan(), norm, factor).split([x.numel() for x in norms])
-        return [x * f.view_as(n).to(x.dtype) if x.numel() else x for x, f, n in zip(points, factors, norms)]
+        return [
+            x * whole.part(f.view_as(n), d).to(x.dtype) if x.numel() else x
+            for x, f, n, whole, d in zip(points, factors, norms, wholes, dims)
+        ]
 
     def subgradient(self, x: Tensor) -> Tensor:
-        self.groups_of(x.shape)
-        return x * (self.lam * self._stretch(x)).to(x.dtype) if x.numel() else torch.zeros_like(x)
+        squares = self._group_squares(x, x.shape)
+        return x * self._pull(squares, x.shape, x.dtype) if x.numel() else torch.zeros_like(x)
+
+    def _pull(self, squares: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return (self.lam * self._stretch(squares.sqrt(), shape)).to(dtype)
 
     def subdiff_distance(self, x: Tensor, grad: Tensor) -> Tensor:
         norms = self.group_norms(x)
         if not x.numel():
             return norms
-        bar = self.lam * self._weights(x).sqrt() * self._level(x)  # a zero group's subgradients: the ball ||y|| <= bar
+        # A zero group's subgradients are the ball ||y|| <= bar.
+        sizes = self._sizes(self.group_norms(x.double()), x.shape)
+        bar = self.lam * self._weights(x.shape, norms).sqrt() * self._level(sizes)
         at_zero = (self.group_norms(grad.double()) - bar).clamp_min(0).to(x.dtype)
         return torch.where(norms == 0, at_zero, self.group_norms(grad + self.subgradient(x)))
 
@@ -154,33 +168,34 @@ class GroupEnvelope(Grouped):
         """Infinite unless grad is zero: near zero J is quadratic, and no lam holds x there."""
         return math.inf if grad.numel() and bool((grad != 0).any()) else 0.0
 
-    def _weights(self, x: Tensor) -> Tensor:
-        """d_G in float64, one per group or one for all."""
+    def _weights(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """d_G in float64, one per group or one for all, on the device of `like`."""
         if isinstance(self.weight, str):
-            return torch.full((), self.group_weight(x.shape), dtype=torch.float64, device=x.device)
-        dims = self.groups_of(x.shape)
-        view = [n if d in dims else 1 for d, n in enumerate(x.shape)]
-        return torch.tensor(self.weight, dtype=torch.float64, device=x.device).view(view)
+            return torch.full((), self.group_weight(shape), dtype=torch.float64, device=like.device)
+        dims = self.groups_of(shape)
+        view = [n if d in dims else 1 for d, n in enumerate(shape)]
+        return torch.tensor(self.weight, dtype=torch.float64, device=like.device).view(view)
 
-    def _sizes(self, x: Tensor) -> Tensor:
-        return _finite(self.group_norms(x.double()) * self._weights(x).sqrt())
+    def _sizes(self, norms: Tensor, shape: Sequence[int]) -> Tensor:
+        """s_G = sqrt(d_G) ||x_G|| of groups of these norms, in float64."""
+        return _finite(norms * self._weights(shape, norms).sqrt())
 
-    def _level(self, x: Tensor) -> Tensor:
-        """The t of  u_G = min(1, s_G / t),  s_G = sqrt(d_G) ||x_G||: zero with fewer than k non-zero groups."""
-        sizes = self._sizes(x).flatten().sort(descending=True).values
+    def _level(self, sizes: Tensor) -> Tensor:
+        """The t of  u_G = min(1, s_G / t): zero with fewer than k non-zero groups."""
+        sizes = sizes.flatten().sort(descending=True).values
         k = min(self.k, len(sizes))  # of all tensors it may exceed the groups of this one
         tails = sizes.flip(0).cumsum(0).flip(0)[:k]  # sums from the small end: nothing cancels
         # With the N largest at u = 1 the others share k - N. The right N is the first at which none of them exceeds 1;
         # N = k - 1 always qualifies, as a sum is no smaller than its largest term.
-        levels = tails / torch.arange(k, 0, -1, dtype=torch.float64, device=x.device)
+        levels = tails / torch.arange(k, 0, -1, dtype=torch.float64, device=sizes.device)
         first = (levels >= sizes[:k]).int().argmax()
         return levels.gather(0, first.view(1)).view(())
 
-    def _stretch(self, x: Tensor) -> Tensor:
-        """d_G / u_G per group in float64; for a zero group, where any number serves, d_G. NaN for a NaN group."""
-        sizes = self._sizes(x)
-        ratio = self._level(x) / torch.where(sizes > 0, sizes, torch.full_like(sizes, torch.inf))
-        return torch.where(self.group_norms(x).isnan(), torch.nan, ratio.clamp_min(1) * self._weights(x))
+    def _stretch(self, norms: Tensor, shape: Sequence[int]) -> Tensor:
+        """d_G / u_G per group from float64 norms; for a zero group, where any number serves, d_G; NaN for NaN."""
+        sizes = self._sizes(norms, shape)
+        ratio = self._level(sizes) / torch.where(sizes > 0, sizes, torch.full_like(sizes, torch.inf))
+        return torch.where(norms.isnan(), torch.nan, ratio.clamp_min(1) * self._weights(shape, norms))
 
 
 def _finite(norms: Tensor) -> Tensor:
