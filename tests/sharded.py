@@ -30,6 +30,7 @@ from bregman_cuda import (
     Nuclear,
     ProxAdam,
     ProxSGD,
+    RigL,
     SparseGroupLasso,
     SplitLBI,
 )
@@ -279,6 +280,7 @@ def worker(rank: int, world: int, folder: str) -> None:
         results["tensor parallel", name] = [whole(p.detach()) for p in model.parameters()]
 
     results["ended"] = ended(place)
+    results["rigl"] = {name: rigl(make, place) for name, make in RIGL.items()}
     results["refused"] = refusals(rank, mesh)
     results["agreed"] = agreed(rank, mesh)
     if world == 2:
@@ -405,6 +407,40 @@ def ended(place: Callable[[Tensor], Tensor] | None) -> list[Tensor]:
             p.grad = grad if place is None else place(grad)
         optimizer.step()
     return [whole(p.detach()) for p in params]
+
+
+def rigl(make: Callable[[Any], Any], place: Callable[[Tensor], Any] | None) -> dict[str, Any]:
+    """RigL with updates of masks; on ranks the first one's generator counts. The second half resumes."""
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(shape, generator=generator) for shape in SHAPES]
+    params = [nn.Parameter(v if place is None else place(v)) for v in values]
+    seed = 0 if place is None else torch.distributed.get_rank()
+    made: dict[str, Any] = dict(density=0.4, alpha=0.9, every=2, end=7)
+    optimizer = make(params)
+    method = RigL(params, optimizer, **made, generator=torch.Generator().manual_seed(seed))
+    for number in range(6):
+        if number == 3:
+            saved, kept = method.state_dict(), [p.detach().clone() for p in params]
+            method = RigL(params, optimizer, **made, generator=torch.Generator().manual_seed(7))
+            with torch.no_grad():
+                for p, value in zip(params, kept):
+                    p.copy_(value)
+            method.load_state_dict(saved)
+        for p in params:
+            grad = torch.randn(p.shape, generator=generator)
+            p.grad = grad if place is None else place(grad)
+        method.step()
+    return {
+        "params": [whole(p.detach()) for p in params],
+        "masks": [whole(mask) for mask in method.masks],
+        "packed": list(method.state_dict()["masks"].values()),
+    }
+
+
+RIGL = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.5),
+    "adabreg": lambda p: AdaBreg(p, lr=0.01, reg=L1(0.1)),
+}
 
 
 def agreed(rank: int, mesh: Any) -> int:

@@ -174,6 +174,14 @@ def test_hspg_ends_with_k_groups_of_each_tensor(ranks, world):
     assert [int((GroupLasso(1.0, "in").group_norms(p) > 0).sum()) for p in expected] == [2, 1, 2, 2]
 
 
+@pytest.mark.parametrize("name", here.RIGL)
+def test_rigl_moves_the_masks_of_whole_tensors(ranks, world, name):
+    ours, expected = ranks(world)[1]["rigl"][name], here.rigl(here.RIGL[name], None)
+    for key in ("params", "masks", "packed"):
+        assert all(map(same_bits, ours[key], expected[key])), key
+    assert sum(int(mask.sum()) for mask in ours["masks"]) == round(0.4 * sum(m.numel() for m in ours["masks"]))
+
+
 def test_what_shards_cannot_do_is_refused(ranks, world):
     refused = ranks(world)[1]["refused"]
     assert "ProxAdam: parameter 0 of shape (6, 4): its prox sums over the ranks that hold it" in refused["capturable"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..optim import SparseOptimizer
 from ..optim._masks import pack, packed_size, unpack
-from ..optim._shards import is_sharded
+from ..optim._shards import gathered, is_sharded, local, sharded_as
 from ..regularizers._base import check_number
 from .layers import weight_tensors
 from .report import DensityReport, DensityRow
@@ -35,7 +35,9 @@ class RigL:
 
     Numbers of weights are known to the host and never change, so that nothing waits for the device. `GradScaler`
     works by ``scaler.step(rigl)``, and ``scaler.unscale_(rigl)``; schedulers take the optimizer. Under DDP every rank
-    must draw the same masks: give each a generator of the same seed.
+    must draw the same masks: give each a generator of the same seed. A sharded weight (DTensor) has the mask that its
+    mesh's first rank draws, and is gathered with its gradient when its mask changes, one at a time; all ranks call
+    `step` and `state_dict` together.
 
     Args:
         model: a module, whose Linear, convolution and attention weights are masked (those of `param_groups`), or
@@ -53,7 +55,6 @@ class RigL:
     Raises:
         TypeError, ValueError: a value out of its range, a model without weights, a weight that the optimizer does not
             hold, more layers than weights to train.
-        NotImplementedError: a sharded weight (DTensor).
         All are raised before anything changes.
 
     >>> model = nn.Sequential(nn.Linear(100, 50), nn.ReLU(), nn.Linear(50, 10))
@@ -95,8 +96,6 @@ class RigL:
         for name, weight in named:
             if weight not in held:
                 raise ValueError(f"RigL: the optimizer does not hold weight {name!r}")
-            if is_sharded(weight):
-                raise NotImplementedError(f"RigL: weight {name!r} is sharded (DTensor), which is not supported yet")
         shapes = [tuple(weight.shape) for _, weight in named]
         self.counts = layer_counts(shapes, density, distribution)
 
@@ -104,7 +103,7 @@ class RigL:
         self.names = [name for name, _ in named]
         self.weights = [weight for _, weight in named]
         self.steps = 0
-        self.masks = [_random_mask(w, n, generator) for w, n in zip(self.weights, self.counts)]
+        self.masks = [_first_mask(w, n, generator) for w, n in zip(self.weights, self.counts)]
         self._apply(self.masks)
 
     @property
@@ -146,7 +145,10 @@ class RigL:
 
     def state_dict(self) -> dict[str, Any]:
         """Step count and bit-packed masks by weight, as plain data that `torch.load(weights_only=True)` reads."""
-        return {"steps": self.steps, "masks": {name: pack(mask) for name, mask in zip(self.names, self.masks)}}
+        return {
+            "steps": self.steps,
+            "masks": {name: pack(gathered(mask)) for name, mask in zip(self.names, self.masks)},
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a `state_dict`.
@@ -170,13 +172,14 @@ class RigL:
             if not torch.is_tensor(packed) or packed.dtype != torch.uint8 or packed.shape != (size,):
                 what = f"{packed.dtype} of shape {tuple(packed.shape)}" if torch.is_tensor(packed) else repr(packed)
                 raise ValueError(f"RigL: the mask of {name!r} must be torch.uint8 of shape ({size},), got {what}")
-            mask = unpack(packed.to(weight.device), weight)
+            whole = torch.empty(weight.shape, device=weight.device) if is_sharded(weight) else weight
+            mask = unpack(packed.to(weight.device), whole)
             if (active := int(mask.sum())) != count:
                 raise ValueError(
                     f"RigL: the state dict has {active} active weights in {name!r}, this RigL {count}: "
                     "another density or distribution?"
                 )
-            loaded.append(mask)
+            loaded.append(_laid_out(weight, mask))
         self.steps, self.masks = steps, loaded
         self._apply(loaded)
 
@@ -185,7 +188,9 @@ class RigL:
         for weight, old, count in zip(self.weights, before, self.counts):
             grad = weight.grad
             changed = round(fraction * count)
-            masks.append(old if grad is None or not changed else _moved(weight, grad, old, count, changed))
+            if grad is not None and changed:
+                old = _laid_out(weight, _moved(gathered(weight), gathered(grad), gathered(old), count, changed))
+            masks.append(old)
         self.masks = masks
         self._apply([old & new for old, new in zip(before, masks)])
 
@@ -198,7 +203,7 @@ class RigL:
                 continue
             for value in (weight, *self.optimizer.state.get(weight, {}).values()):
                 if torch.is_tensor(value) and value.shape == weight.shape:
-                    value.masked_fill_(~live, 0)
+                    local(value).masked_fill_(~local(live), 0)
 
     def _masked_step(self, closure: Callable[[], Any] | None) -> Any:
         masks = self._current_masks()
@@ -206,7 +211,7 @@ class RigL:
         def mask_gradients() -> None:
             for weight, mask in zip(self.weights, masks):
                 if weight.grad is not None:
-                    weight.grad.masked_fill_(~mask, 0)
+                    local(weight.grad).masked_fill_(~local(mask), 0)
 
         def masked_closure() -> Any:
             assert closure is not None
@@ -220,7 +225,7 @@ class RigL:
         else:
             loss = self.optimizer.step(masked_closure)
         for weight, mask in zip(self.weights, masks):  # also against an update without a gradient
-            weight.masked_fill_(~mask, 0)
+            local(weight).masked_fill_(~local(mask), 0)
         return loss
 
     def _current_masks(self) -> list[Tensor]:
@@ -284,6 +289,20 @@ def _named(model: Weights) -> list[tuple[str, Tensor]]:
         if twice:
             raise ValueError(f"RigL: {twice[0]!r} comes with a {what} that is given twice")
     return named
+
+
+def _laid_out(weight: Any, mask: Tensor) -> Any:
+    """A mask that every rank holds as a whole, sharded as its weight."""
+    return sharded_as(weight, mask) if is_sharded(weight) else mask
+
+
+def _first_mask(weight: Any, count: int, generator: torch.Generator | None) -> Any:
+    if not is_sharded(weight):
+        return _random_mask(weight, count, generator)
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    mesh, drawn = weight.device_mesh, _random_mask(torch.empty(weight.shape, device=weight.device), count, generator)
+    return sharded_as(weight, local(distribute_tensor(drawn, mesh, [Replicate()] * mesh.ndim)))
 
 
 def _random_mask(weight: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
