@@ -61,15 +61,22 @@ def _penalties(reg: Any) -> tuple[Any, Any]:
 
 
 class Kernels:
-    """The ops of one compiled library, with rules and penalties resolved by name."""
+    """The ops of a namespace, with rules and penalties resolved by name."""
 
-    def __init__(self, ops: Any):
-        self.plan, self.plan_items, self.step, self.why_not = ops.plan, ops.plan_items, ops.step, ops.why_not
+    def __init__(self, namespace: str):
+        ops = getattr(torch.ops, namespace)
+        # The plain overloads skip the packet's overload resolution at every step.
+        self.step, self._plan, self._why_not = ops.step.default, ops.plan.default, ops.why_not.default
+        torch.library.register_fake(self._plan, _fake_plan)
+        torch.library.register_fake(self.step, _fake_step)
+        self.isa = ""
         self.rules: dict[str, tuple[int, list[str], list[str], bool, int]] = {}
         self.penalties: dict[str, tuple[int, list[str]]] = {}
-        for line in ops.describe().splitlines():
+        for line in _text(ops.describe.default()).splitlines():
             kind, name, *rest = line.split(";")
-            if kind == "rule":
+            if kind == "isa":
+                self.isa = name
+            elif kind == "rule":
                 self.rules[name] = (
                     len(self.rules),
                     rest[0].split(),
@@ -79,8 +86,12 @@ class Kernels:
                 )
             elif kind == "penalty":
                 self.penalties[name] = (len(self.penalties), rest[0].split())
-        # The plain overloads skip the packet's overload resolution at every step.
-        self.step, self.plan, self.plan_items = ops.step.default, ops.plan.default, ops.plan_items.default
+
+    def plan(self, params: list[Tensor], state: list[Tensor], masks: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
+        """The plan of tensors that have to live as long as it, and the index of the tensor that each item is of."""
+        addresses = [tensor.data_ptr() for tensor in (*params, *state, *masks)]
+        plan, item_tensor = self._plan(params, state, masks, addresses, *rest)
+        return plan, item_tensor
 
     def rule_id(self, rule: Rule) -> int:
         return self.rules[rule.name][0]
@@ -104,7 +115,20 @@ class Kernels:
                 return f"penalty {penalty.kernel!r} is not compiled in"
         from .optim._plan import group_bits
 
-        return self.why_not(param, group_bits(reg, param))
+        return _text(self._why_not(param.shape, param.stride(), group_bits(reg, param)))
+
+
+def _text(utf8: list[int]) -> str:
+    return bytes(utf8).decode()
+
+
+def _fake_plan(params: list[Tensor], *_: Any) -> tuple[Tensor, Tensor]:
+    size = torch.library.get_ctx().new_dynamic_size
+    return torch.empty(size(), dtype=torch.uint8, device="cpu"), torch.empty(size(), dtype=torch.int64, device="cpu")
+
+
+def _fake_step(*_: Any) -> None:
+    pass
 
 
 def build_info() -> dict[str, Any]:
@@ -120,7 +144,7 @@ def build_info() -> dict[str, Any]:
         "torch": torch.__version__,
         "built_with_torch": built.get("torch"),
         "cpu": cpu is not None,
-        "cpu_isa": torch.ops.bregman_cuda.isa() if cpu is not None else None,
+        "cpu_isa": None if cpu is None else cpu.isa,
         "cuda": _load("cuda")[0] is not None,
         "cuda_archs": built.get("cuda_archs", []),
         "nvcc": built.get("nvcc"),
@@ -167,7 +191,12 @@ def _load(device: str) -> tuple[Kernels | None, str]:
         torch.ops.load_library(str(library))
     except OSError as error:
         return None, f"{library.name} does not load: {str(error).splitlines()[0]}"
-    return Kernels(torch.ops.bregman_cuda), ""
+    return _kernels(), ""
+
+
+@functools.cache
+def _kernels() -> Kernels:
+    return Kernels("bregman_cuda")  # one for both libraries: torch chooses by the tensors' device
 
 
 @functools.cache

@@ -77,7 +77,7 @@ def emulated_kernels() -> _backend.Kernels:
     if not library.exists():
         _build(compiler, sources, library)
     torch.ops.load_library(str(library))
-    return _backend.Kernels(torch.ops.bregman_emulated)
+    return _backend.Kernels("bregman_emulated")
 
 
 def _build(compiler: list[str], sources: list[Path], library: Path) -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import registry
 import torch
 from harness import same_bits
 from torch import nn
+from torch.testing._internal.optests import OpCheckError
+from torch.utils._pytree import tree_map_only
 
-from bregman_cuda import L1, AdaBreg, GroupLasso, LinBreg, ProxSGD, SparseGroupLasso
-from bregman_cuda.optim._traced import fused_step_
+from bregman_cuda import L1, AdaBreg, GroupLasso, LinBreg, ProxSGD, SparseGroupLasso, _backend
+from bregman_cuda.optim import _traced
+from bregman_cuda.regularizers import GroupEnvelope
 
 pytestmark = pytest.mark.slow
 BACKENDS = ["inductor", "aot_eager"]
+FUSED = ("bregman_cuda", "fused_step_")
 REGS = {
     "none": None,
     "l1": L1(0.1),
@@ -194,27 +200,97 @@ def test_where_compilation_gives_up_the_step_runs_as_a_whole(options):
     assert all(map(same_bits, *sides))
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("dtype", registry.DTYPES, ids=str)
-def test_opcheck(dtype, masked):
-    """torch's own verdict on the op: schema, fake tensors, autograd registration, AOT dispatch."""
-    params = [torch.randn(6, 4).to(dtype), torch.randn(8).to(dtype)]
-    wide = torch.float64 if dtype is torch.float64 else torch.float32
-    state = [torch.randn(p.shape, dtype=wide) for p in params]
-    masks = [torch.randint(0, 255, (8,), dtype=torch.uint8) if masked else torch.empty(0, dtype=torch.uint8)] * 2
-    scalars = torch.tensor(
-        [0.0, 1.0, 0.1, 1.0, 0.05, 0.0, 0.0, 0.0], dtype=torch.float64
-    )  # skip, factor, lr, delta, lam
-    args = (
-        params,
-        [torch.randn_like(p) for p in params],
-        state,
-        masks,
-        [-1, -1],
-        [1.0, 1.0],
-        [0, 0],
-        "linbreg",
-        "l1",
-        "none",
-    )
-    torch.library.opcheck(fused_step_, (*args, scalars))
+def masked(params):
+    optimizer = AdaBreg(params, lr=0.1, reg=L1(0.1))
+    optimizer.set_mask(params[0], torch.rand(params[0].shape) > 0.3)
+    return optimizer
+
+
+# What makes parameters and their optimizer, whose own steps give every op its arguments.
+SAMPLES = {
+    "fp32": (torch.Tensor.float, lambda p: AdaBreg(p, lr=0.1, reg=L1(0.1))),
+    "fp64": (torch.Tensor.double, lambda p: LinBreg(p, lr=0.1, momentum=0.9, reg=L1(0.1))),
+    "bf16": (torch.Tensor.bfloat16, lambda p: LinBreg(p, lr=0.1, reg=L1(0.1))),
+    "fp16_master": (torch.Tensor.half, lambda p: ProxSGD(p, lr=0.1, reg=L1(0.1))),
+    "masked": (torch.Tensor.float, masked),
+    "grouped": (torch.Tensor.float, lambda p: LinBreg(p, lr=0.1, reg=SparseGroupLasso(0.1, 0.5, "in"))),
+    "other_layout": (torch.Tensor.t, lambda p: LinBreg(p, lr=0.1, reg=GroupLasso(0.1))),
+    "counts": (torch.Tensor.float, lambda p: AdaBreg(p, lr=0.1, reg=GroupLasso(0.1), count_nonzeros=True)),
+    "shared_budget": (torch.Tensor.float, lambda p: ProxSGD(p, lr=0.1, reg=GroupEnvelope(0.1, 3))),
+    "capturable": (torch.Tensor.float, lambda p: LinBreg(p, lr=0.1, reg=L1(0.1), capturable=True)),
+}
+
+
+def calls_of_every_op(sample: str) -> tuple[dict[str, tuple], list]:
+    """Arguments by op, as they were before the call, and the tensors whose addresses are among them."""
+    change, make = SAMPLES[sample]
+    params = [nn.Parameter(change(torch.randn(shape))) for shape in ((6, 4), (8, 3))]
+    optimizer = make(params)
+    for p in params:
+        p.grad = torch.randn(p.shape).to(p.dtype)
+    calls: dict[str, tuple] = {"describe": ()}
+
+    def recorder(op):
+        def call(*args):
+            calls.setdefault(op._opname, tree_map_only(torch.Tensor, copied, args))
+            return op(*args)
+
+        return call
+
+    kernels = _backend._load("cpu")[0]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_why_not", "_plan", "step"):
+            patch.setattr(kernels, name, recorder(getattr(kernels, name)))
+        patch.setattr(_traced, "fused_step_", recorder(torch.ops.bregman_cuda.fused_step_.default))
+        optimizer.step()
+        with torch.no_grad():
+            _traced.traced_step(optimizer)
+    return calls, [params, optimizer]
+
+
+def copied(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+
+def registered_ops() -> dict[str, torch._ops.OpOverload]:
+    """Every op of the library under test, and the one in Python, by name: whatever has a schema."""
+    library = _backend._load("cpu")[0].step.namespace
+    names = [name.split("::") for name in torch._C._dispatch_get_all_op_names()]
+    names = [(space, name) for space, name in names if space == library or (space, name) == FUSED]
+    return {name: getattr(getattr(torch.ops, space), name).default for space, name in names}
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_opcheck_passes_on_every_op(sample, kernel_driver):
+    """torch's own verdict: schema, autograd registration, fake tensors, AOT dispatch. A new op needs arguments here."""
+    calls, _alive = calls_of_every_op(sample)
+    ops = registered_ops()
+    assert set(ops) == set(calls)
+    for name, op in ops.items():
+        torch.library.opcheck(op, calls[name])
+
+
+MUTATIONS = {  # and a sample that makes each of them
+    ("step", "device_plan"): "shared_budget",
+    ("step", "odd"): "other_layout",
+    ("step", "counts"): "counts",
+    ("fused_step_", "params"): "fp32",
+    ("fused_step_", "state"): "fp32",
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=".".join)
+def test_opcheck_sees_a_mutation_that_a_schema_hides(mutation, kernel_driver):
+    """The same op under a schema without the mark fails, so none is there in vain."""
+    name, argument = mutation
+    calls, _alive = calls_of_every_op(MUTATIONS[mutation])
+    ops = registered_ops()
+    marked = {(op, a.name) for op in ops for a in ops[op]._schema.arguments if a.alias_info and a.alias_info.is_write}
+    assert marked == set(MUTATIONS)
+    schema = str(ops[name]._schema).split("::")[1]
+    hidden = re.sub(rf"\(\w+!\)(\S*) {argument}\b", rf"\1 {argument}", schema)
+    with torch.library._scoped_library("bregman_hidden", "FRAGMENT") as library:
+        library.define(hidden)
+        library.impl(name, ops[name], "CPU")
+        with pytest.raises(OpCheckError, match=f"Argument {argument} is not defined as mutable but was mutated"):
+            torch.library.opcheck(getattr(torch.ops.bregman_hidden, name).default, calls[name])

@@ -192,8 +192,8 @@ def test_the_plan_covers_every_tensor(kernel_driver):
         state = [torch.zeros_like(p) for p in params]
         bits, weights = [1 if grouped else -1] * len(params), [1.0] * len(params)
         rule = kernels.rules["linbreg"][0]
-        plan = kernels.plan(params, state, [none] * len(params), bits, weights, [0] * len(params), rule)
-        items = kernels.plan_items(plan).tolist()
+        _, item_tensor = kernels.plan(params, state, [none] * len(params), bits, weights, [0] * len(params), rule)
+        items = item_tensor.tolist()
         assert items == sorted(items), "items follow the tensors"
         assert set(items) == {i for i, p in enumerate(params) if p.numel()}
         if not grouped:

@@ -181,7 +181,7 @@ class FusedBucket(Bucket):
         flat_state = [local(state[slot]) for state in states for slot in self.slots]
         none = torch.empty(0, dtype=torch.uint8, device=params[0].device)
         masks = [in_memory_order(local(s["mask"]), p) if "mask" in s else none for s, p in zip(states, params)]
-        self.plan = kernels.plan(
+        self.plan, self.item_tensor = kernels.plan(
             params,
             flat_state,
             masks,
@@ -193,7 +193,7 @@ class FusedBucket(Bucket):
         self.kept = (flat_state, masks)  # the plan holds their addresses
         self.grouped = any(group_bits(reg, p) >= 0 for p in params)
         self.device_plan = self.plan.to(params[0].device)
-        self.item_tensor = kernels.plan_items(self.plan)
+        self.odd = torch.tensor(-1, device="cpu")
         self.none = torch.empty(0, dtype=torch.int32, device=params[0].device)
         self.item_counts: Tensor | None = None
 
@@ -213,13 +213,15 @@ class FusedBucket(Bucket):
             # Negative: a first step that is skipped counts nothing.
             self.item_counts = torch.full(size, -1, dtype=torch.int32, device=self.params[0].device)
         counts = self.none if self.item_counts is None else self.item_counts
-        tail = (counts, self.kernels.kinds(self.rule, group["reg"]), scalars, live)
+        tail = (self.odd, counts, self.kernels.kinds(self.rule, group["reg"]), scalars, live)
+        self.kernels.step(self.plan, self.device_plan, grads, *tail)
         # An index means that nothing changed yet: this gradient is laid out otherwise than its parameter.
-        while (odd := self.kernels.step(self.plan, self.device_plan, grads, *tail)) >= 0:
+        while (odd := int(self.odd)) >= 0:
             if grads[odd].stride() == self.params[odd].stride():
                 raise RuntimeError(f"the memory layout of parameter {self.index[odd]} changed since its plan was made")
             grads = list(grads)
             grads[odd] = torch.empty_like(self.params[odd]).copy_(grads[odd])
+            self.kernels.step(self.plan, self.device_plan, grads, *tail)
         torch.autograd.graph.increment_version(self.params)
 
     def counts(self) -> Counts | None:

@@ -58,15 +58,14 @@ def fused_step_(
     key = (*[t.data_ptr() for t in tensors], *layouts, *group_dims, *weights, *budgets, kinds[0])
     plans = _PLANS.get(key)
     if plans is None:
-        plan = kernels.plan(params, state, masks, group_dims, weights, budgets, kinds[0])
+        plan, _ = kernels.plan(params, state, masks, group_dims, weights, budgets, kinds[0])
         plans = _PLANS[key] = (plan, plan.to(params[0].device))
         if len(_PLANS) > _MOST_PLANS:
             _PLANS.popitem(last=False)
     none = torch.empty(0, dtype=torch.int32, device=params[0].device)
     values = [] if scalars.device == params[0].device else scalars.tolist()
-    while (odd := kernels.step(*plans, grads, none, kinds, values, scalars)) >= 0:
-        grads = list(grads)
-        grads[odd] = torch.empty_like(params[odd]).copy_(grads[odd])
+    grads = [g if g.stride() == p.stride() else torch.empty_like(p).copy_(g) for p, g in zip(params, grads)]
+    kernels.step(*plans, grads, torch.tensor(-1, device="cpu"), none, kinds, values, scalars)
 
 
 def traced_step(optimizer: SparseOptimizer) -> None:

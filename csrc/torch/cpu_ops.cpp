@@ -17,23 +17,25 @@ Tuning cpu_tuning(int64_t bytes_read) {
 // Below this much work per thread, waking a thread costs more than it saves.
 constexpr int64_t kGrainElements = 16384;
 
-Tensor plan_cpu(const Tensors params, const Tensors state, const Tensors masks, const std::vector<int64_t> group_dims,
-                const std::vector<double> weights, const std::vector<int64_t> budgets, int64_t rule) {
+Plan plan_cpu(const Tensors params, const Tensors state, const Tensors masks, const std::vector<int64_t> addresses,
+              const std::vector<int64_t> group_dims, const std::vector<double> weights,
+              const std::vector<int64_t> budgets, int64_t rule) {
   STD_TORCH_CHECK(!params.empty(), "a plan needs at least one tensor");
   const int64_t arrays = 1 + int64_t(state.size() / params.size()) + rule_traits(rule, false).reads_param;
-  return plan_tensor(params, state, masks, group_dims, weights, budgets, rule, cpu_tuning(arrays * params[0].element_size()));
+  return plan_tensors(params, state, masks, addresses, group_dims, weights, budgets, rule,
+                      cpu_tuning(arrays * params[0].element_size()));
 }
 
-std::string isa() { return best_isa().name; }
+Text describe_cpu() { return describe(best_isa().name); }
 
-int64_t step_cpu(const Tensor plan_blob, const Tensor, const Tensors grads, const Tensor counts,
-                 const std::vector<int64_t> kinds, const std::vector<double> scalars, const Tensor live) {
-  PlanView plan{static_cast<const char*>(plan_blob.data_ptr())};
+void step_cpu(const Tensor, const Tensor device_plan, const Tensors grads, const Tensor odd, const Tensor counts,
+              const std::vector<int64_t> kinds, const std::vector<double> scalars, const Tensor live) {
+  PlanView plan{static_cast<const char*>(device_plan.data_ptr())};
   const StepArgs args = check_step(plan, counts, kinds, scalars, live);
   std::vector<const void*> pointers;
-  if (int64_t odd = check_grads(plan, grads, pointers); odd >= 0) return odd;
+  if (!check_grads(plan, grads, odd, pointers)) return;
   const PlanHeader& header = plan.header();
-  if (header.items == 0 || args.scalars[0] != 0) return -1;
+  if (header.items == 0 || args.scalars[0] != 0) return;
   int32_t* out = counts.numel() ? static_cast<int32_t*>(counts.data_ptr()) : nullptr;
   const int64_t per_item = std::max<int64_t>(1, header.elements / header.items);
   auto visit = [&](Phase phase) {
@@ -44,22 +46,19 @@ int64_t step_cpu(const Tensor plan_blob, const Tensor, const Tensors grads, cons
                                   best_isa().run(plan, pointers.data(), part, out, begin, end);
                                 });
   };
-  if (header.budgets == 0) return visit(Phase::whole), -1;
+  if (header.budgets == 0) return visit(Phase::whole);
   visit(Phase::norms);
   torch::stable::parallel_for(0, header.budgets, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) share_budget(plan, plan.budgets()[i]);
   });
   visit(Phase::scale);
-  return -1;
 }
 
 STABLE_TORCH_LIBRARY(bregman_cuda, m) { BREGMAN_SCHEMA(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(bregman_cuda, CompositeExplicitAutograd, m) {
-  m.impl("describe", TORCH_BOX(&describe));
-  m.impl("isa", TORCH_BOX(&isa));
+  m.impl("describe", TORCH_BOX(&describe_cpu));
   m.impl("why_not", TORCH_BOX(&why_not));
-  m.impl("plan_items", TORCH_BOX(&plan_items));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bregman_cuda, CPU, m) {

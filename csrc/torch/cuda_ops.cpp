@@ -17,22 +17,24 @@
 namespace bregman {
 namespace {
 
-Tensor plan_cuda(const Tensors params, const Tensors state, const Tensors masks, const std::vector<int64_t> group_dims,
-                 const std::vector<double> weights, const std::vector<int64_t> budgets, int64_t rule) {
+Plan plan_cuda(const Tensors params, const Tensors state, const Tensors masks, const std::vector<int64_t> addresses,
+               const std::vector<int64_t> group_dims, const std::vector<double> weights,
+               const std::vector<int64_t> budgets, int64_t rule) {
   STD_TORCH_CHECK(!params.empty(), "a plan needs at least one tensor");
   int64_t bytes = dtype_of(params[0]) == DType::f64 ? 8 : 4;
   if (rule_traits(rule, false).paired) bytes *= 2;  // a point and its prox scale
   const Tuning tuning = cuda_tuning(params[0].element_size(), bytes, tile_bytes(int(params[0].get_device())));
-  return plan_tensor(params, state, masks, group_dims, weights, budgets, rule, tuning);
+  return plan_tensors(params, state, masks, addresses, group_dims, weights, budgets, rule, tuning);
 }
 
-int64_t step_op(const Tensor plan_blob, const Tensor device_plan, const Tensors grads, const Tensor counts,
-                const std::vector<int64_t> kinds, const std::vector<double> scalars, const Tensor live) {
+void step_op(const Tensor plan_blob, const Tensor device_plan, const Tensors grads, const Tensor odd,
+             const Tensor counts, const std::vector<int64_t> kinds, const std::vector<double> scalars,
+             const Tensor live) {
   PlanView plan{static_cast<const char*>(plan_blob.data_ptr())};
   const StepArgs args = check_step(plan, counts, kinds, scalars, live);
   std::vector<const void*> pointers;
-  if (int64_t odd = check_grads(plan, grads, pointers); odd >= 0) return odd;
-  if (plan.header().items == 0 || (!args.on_device && args.scalars[0] != 0)) return -1;
+  if (!check_grads(plan, grads, odd, pointers)) return;
+  if (plan.header().items == 0 || (!args.on_device && args.scalars[0] != 0)) return;
   cudaStream_t stream = nullptr;
 #ifndef BREGMAN_EMULATE
   torch::stable::accelerator::DeviceGuard guard(device_plan.get_device_index());
@@ -43,19 +45,16 @@ int64_t step_op(const Tensor plan_blob, const Tensor device_plan, const Tensors 
   int32_t* out = counts.numel() ? static_cast<int32_t*>(counts.data_ptr()) : nullptr;
   const cudaError_t status = step_cuda(plan, device_plan.data_ptr(), pointers.data(), args, out, stream);
   STD_TORCH_CHECK(status == cudaSuccess, "the kernel launch failed: ", cudaGetErrorString(status));
-  return -1;
 }
 
 #ifdef BREGMAN_EMULATE
-std::string isa() { return "emulated"; }
+Text describe_emulated() { return describe("emulated"); }
 
 STABLE_TORCH_LIBRARY(bregman_emulated, m) { BREGMAN_SCHEMA(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(bregman_emulated, CompositeExplicitAutograd, m) {
-  m.impl("describe", TORCH_BOX(&describe));
-  m.impl("isa", TORCH_BOX(&isa));
+  m.impl("describe", TORCH_BOX(&describe_emulated));
   m.impl("why_not", TORCH_BOX(&why_not));
-  m.impl("plan_items", TORCH_BOX(&plan_items));
 }
 #endif
 

@@ -8,6 +8,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "../math/penalty_list.h"
@@ -20,24 +21,32 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
-// Ops mutate through the addresses in the plan; `step` returns the index of a gradient whose memory layout differs
-// from its parameter's (nothing was changed then), or -1. The scalars are numbers, or, when these are none, the float64
-// tensor `live` on the parameters' device, which kernels read when they run: in a captured graph, at every replay.
+// Every op passes torch.library.opcheck, which shapes them. It compares what a call and its traced copy return, and
+// knows no str: text is its bytes. It copies the tensors: a plan is made of `addresses` (of params, state and masks), and
+// of the tensors only what their layouts are. An op that changes tensors may not return a number: `step` leaves in
+// `odd` the index of a gradient whose memory layout differs from its parameter's (nothing was changed then), or -1.
+//
+// `step` writes parameters and state through the addresses in the plan, as naming them would cost a list entry each at
+// every step. In its schema the plan's copy on the device stands for them; it is itself written where groups share
+// budgets. Compiled steps call `fused_step_` (bregman_cuda/optim/_traced.py), which names them all.
+//
+// The scalars are numbers, or, when these are none, the float64 tensor `live` on the parameters' device, which kernels
+// read when they run: in a captured graph, at every replay.
 #define BREGMAN_SCHEMA(m)                                                                                          \
-  m.def("describe() -> str");                                                                                      \
-  m.def("isa() -> str");                                                                                           \
-  m.def("why_not(Tensor param, int group_dims) -> str");                                                           \
+  m.def("describe() -> int[]");                                                                                    \
+  m.def("why_not(int[] sizes, int[] strides, int group_dims) -> int[]");                                           \
   m.def(                                                                                                           \
-      "plan(Tensor[] params, Tensor[] state, Tensor[] masks, int[] group_dims, float[] weights, "       \
-      "int[] budgets, int rule) -> Tensor");                                                                         \
-  m.def("plan_items(Tensor plan) -> Tensor");                                                                      \
+      "plan(Tensor[] params, Tensor[] state, Tensor[] masks, int[] addresses, int[] group_dims, float[] weights, " \
+      "int[] budgets, int rule) -> (Tensor plan, Tensor item_tensor)");                                            \
   m.def(                                                                                                           \
-      "step(Tensor plan, Tensor device_plan, Tensor[] grads, Tensor(a!) counts, int[] kinds, float[] scalars, "       \
-      "Tensor live) -> int")
+      "step(Tensor plan, Tensor(a!) device_plan, Tensor[] grads, Tensor(b!) odd, Tensor(c!) counts, int[] kinds, " \
+      "float[] scalars, Tensor live) -> ()")
 
-// One line per rule and penalty, from the lists: Python resolves names with it.
-inline std::string describe() {
-  std::string text;
+using Text = std::vector<int64_t>;
+
+// What runs, then one line per rule and penalty, from the lists: Python resolves names with it.
+inline Text describe(const std::string& isa) {
+  std::string text = "isa;" + isa + "\n";
 #define X(Functor, name) \
   text += std::string("rule;" #name ";") + Functor::kSlotNames + ";" + Functor::kHyperNames + ";" + \
           (Functor::kMetric ? "metric" : "") + ";" + std::to_string(Functor::kFixedSlots) + "\n";
@@ -46,19 +55,19 @@ inline std::string describe() {
 #define X(Functor, name) text += std::string("penalty;" #name ";") + Functor::kParameterNames + "\n";
   BREGMAN_PENALTIES(X)
 #undef X
-  return text;
+  return Text(text.begin(), text.end());
 }
 
 inline std::vector<int64_t> to_vector(torch::headeronly::IntHeaderOnlyArrayRef ref) {
   return std::vector<int64_t>(ref.begin(), ref.end());
 }
 
-inline std::string why_not(const Tensor& param, int64_t group_dims) {
-  auto sizes = to_vector(param.sizes()), strides = to_vector(param.strides());
+inline Text why_not(const std::vector<int64_t> sizes, const std::vector<int64_t> strides, int64_t group_dims) {
   std::string why = why_not_dense(sizes, strides);
   GroupLayout layout;
-  if (why.empty() && param.numel() && group_dims >= 0) why = collapse(sizes, strides, group_dims, layout);
-  return why;
+  const bool empty = std::count(sizes.begin(), sizes.end(), 0) > 0;
+  if (why.empty() && !empty && group_dims >= 0) why = collapse(sizes, strides, group_dims, layout);
+  return Text(why.begin(), why.end());
 }
 
 inline DType dtype_of(const Tensor& t) {
@@ -90,9 +99,13 @@ inline RuleTraits rule_traits(int64_t rule, bool sixteen_bits) {
   return {};
 }
 
-inline Tensor plan_tensor(const Tensors& params, const Tensors& state, const Tensors& masks,
-                          const std::vector<int64_t>& group_dims, const std::vector<double>& weights,
-                          const std::vector<int64_t>& budgets, int64_t rule, const Tuning& tuning) {
+// The plan, and the tensor that each of its items belongs to.
+using Plan = std::tuple<Tensor, Tensor>;
+
+inline Plan plan_tensors(const Tensors& params, const Tensors& state, const Tensors& masks,
+                         const std::vector<int64_t>& addresses, const std::vector<int64_t>& group_dims,
+                         const std::vector<double>& weights, const std::vector<int64_t>& budgets, int64_t rule,
+                         const Tuning& tuning) {
   const size_t n = params.size();
   STD_TORCH_CHECK(n > 0, "a plan needs at least one tensor");
   const DType dtype = dtype_of(params[0]);
@@ -104,12 +117,15 @@ inline Tensor plan_tensor(const Tensors& params, const Tensors& state, const Ten
   STD_TORCH_CHECK(masks.size() == n && group_dims.size() == n && weights.size() == n && budgets.size() == n, "expected ",
                   n, " masks, group_dims, weights and budgets, got ", masks.size(), ", ", group_dims.size(), ", ",
                   weights.size(), " and ", budgets.size());
+  STD_TORCH_CHECK(addresses.size() == n * (2 + slots), "expected ", n * (2 + slots), " addresses, got ",
+                  addresses.size());
+  auto address = [&](size_t i) { return reinterpret_cast<void*>(addresses[i]); };
   const ScalarType wide = dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
   std::vector<TensorSpec> specs;
   for (size_t i = 0; i < n; ++i) {
     const Tensor& p = params[i];
     STD_TORCH_CHECK(dtype_of(p) == dtype, "params[", i, "] has another dtype than params[0]");
-    TensorSpec spec{p.data_ptr(), {}, nullptr, to_vector(p.sizes()), to_vector(p.strides()), group_dims[i], weights[i],
+    TensorSpec spec{address(i), {}, nullptr, to_vector(p.sizes()), to_vector(p.strides()), group_dims[i], weights[i],
                     budgets[i]};
     for (size_t k = 0; k < slots; ++k) {
       const Tensor& s = state[i * slots + k];
@@ -117,12 +133,12 @@ inline Tensor plan_tensor(const Tensors& params, const Tensors& state, const Ten
                       dtype == DType::f64 ? "float64" : "float32");
       STD_TORCH_CHECK(to_vector(s.sizes()) == spec.sizes && (p.numel() == 0 || to_vector(s.strides()) == spec.strides),
                       "state ", k, " of params[", i, "] differs from it in shape or strides");
-      spec.state.push_back(s.data_ptr());
+      spec.state.push_back(address(n + i * slots + k));
     }
     if (masks[i].numel()) {
       STD_TORCH_CHECK(masks[i].numel() == ceil_div(p.numel(), 64) * 8, "the packed mask of params[", i, "] has ",
                       masks[i].numel(), " bytes, expected ", ceil_div(p.numel(), 64) * 8);
-      spec.mask = masks[i].data_ptr();
+      spec.mask = address(n * (1 + slots) + i);
     }
     specs.push_back(std::move(spec));
   }
@@ -136,20 +152,19 @@ inline Tensor plan_tensor(const Tensors& params, const Tensors& state, const Ten
   }
   Tensor blob = torch::stable::empty({int64_t(plan.size())}, ScalarType::Byte);
   std::memcpy(blob.data_ptr(), plan.data(), plan.size());
-  return blob;
+  const PlanView view{plan.data()};
+  Tensor item_tensor = torch::stable::empty({view.header().items}, ScalarType::Long);
+  int64_t* out = static_cast<int64_t*>(item_tensor.data_ptr());
+  for (int64_t i = 0; i < view.header().items; ++i) out[i] = view.items()[i].tensor;
+  return {blob, item_tensor};
 }
 
-inline Tensor plan_items(const Tensor& plan) {
-  PlanView view{static_cast<const char*>(plan.data_ptr())};
-  const int64_t n = view.header().items;
-  Tensor result = torch::stable::empty({n}, ScalarType::Long);
-  int64_t* out = static_cast<int64_t*>(result.data_ptr());
-  for (int64_t i = 0; i < n; ++i) out[i] = view.items()[i].tensor;
-  return result;
-}
-
-// Fills `pointers` with the gradients' addresses; returns the first one whose strides differ from its parameter's.
-inline int64_t check_grads(const PlanView& plan, const Tensors& grads, std::vector<const void*>& pointers) {
+// Fills `pointers` with the gradients' addresses and `odd`; whether the step can go on.
+inline bool check_grads(const PlanView& plan, const Tensors& grads, const Tensor& odd_tensor,
+                        std::vector<const void*>& pointers) {
+  STD_TORCH_CHECK(odd_tensor.is_cpu() && odd_tensor.scalar_type() == ScalarType::Long && odd_tensor.numel() == 1,
+                  "odd must be one int64 on the CPU");
+  int64_t& odd = *static_cast<int64_t*>(odd_tensor.data_ptr());
   const PlanHeader& header = plan.header();
   STD_TORCH_CHECK(int64_t(grads.size()) == header.tensors, "expected ", header.tensors, " gradients, got ", grads.size());
   pointers.resize(grads.size());
@@ -162,10 +177,14 @@ inline int64_t check_grads(const PlanView& plan, const Tensors& grads, std::vect
                     "] differs in shape from its parameter");
     STD_TORCH_CHECK(int32_t(dtype_of(g)) == header.dtype, "grads[", i, "] differs in dtype from its parameter");
     for (int64_t d = 0; d < ndim; ++d)
-      if (shape[1 + d] > 1 && strides[d] != shape[1 + ndim + d] && plan.records()[i].numel) return int64_t(i);
+      if (shape[1 + d] > 1 && strides[d] != shape[1 + ndim + d] && plan.records()[i].numel) {
+        odd = int64_t(i);
+        return false;
+      }
     pointers[i] = g.data_ptr();
   }
-  return -1;
+  odd = -1;
+  return true;
 }
 
 inline StepArgs check_step(const PlanView& plan, const Tensor& counts, const std::vector<int64_t>& kinds,
