@@ -22,9 +22,9 @@ using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
 // Every op passes torch.library.opcheck, which shapes them. It compares what a call and its traced copy return, and
-// knows no str: text is its bytes. It copies the tensors: a plan is made of `addresses` (of params, state and masks), and
-// of the tensors only what their layouts are. An op that changes tensors may not return a number: `step` leaves in
-// `odd` the index of a gradient whose memory layout differs from its parameter's (nothing was changed then), or -1.
+// knows no str: text is its bytes. It copies the tensors: a plan is made of `addresses` (of params, state and masks)
+// and of the tensors' layouts alone. An op that changes tensors may not return a number: `step` leaves in `odd` the
+// index of a gradient whose memory layout differs from its parameter's (nothing was changed then), or -1.
 //
 // `step` writes parameters and state through the addresses in the plan, as naming them would cost a list entry each at
 // every step. In its schema the plan's copy on the device stands for them; it is itself written where groups share
