@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shlex
@@ -50,6 +51,7 @@ class Driver:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device (skipped where there is none)")
     config.addinivalue_line("markers", "slow: takes more than ten seconds")
+    config.addinivalue_line("markers", "xdist_group: tests of one worker, as they share what takes long to make")
 
 
 def missing(what: str) -> None:
@@ -74,8 +76,11 @@ def emulated_kernels() -> _backend.Kernels:
     for file in sorted(sources + headers):
         digest.update(file.read_bytes())
     library = ROOT / "build" / "emulated" / f"bregman_emulated_{digest.hexdigest()[:16]}.so"
-    if not library.exists():
-        _build(compiler, sources, library)
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with open(library.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another worker of this session may be building it
+        if not library.exists():
+            _build(compiler, sources, library)
     torch.ops.load_library(str(library))
     return _backend.Kernels("bregman_emulated")
 
@@ -91,14 +96,13 @@ def _build(compiler: list[str], sources: list[Path], library: Path) -> None:
         if done.returncode:
             pytest.fail(f"{shlex.join(command)} failed:\n{done.stderr[-4000:]}", pytrace=False)
 
-    library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = [str(Path(folder) / f"{source.name}.o") for source in sources]
         compile_all = [[*compiler, *flags, "-x", "c++", "-c", str(s), "-o", o] for s, o in zip(sources, objects)]
         list(pool.map(run, compile_all))
         libraries = [f"-L{torch_root / 'lib'}", "-ltorch_cpu", "-ltorch", "-pthread"]
         run([*compiler, "-shared", "-o", f"{folder}/library.so", *objects, *libraries])
-        os.replace(f"{folder}/library.so", library)  # at once: another session may be looking
+        os.replace(f"{folder}/library.so", library)
 
 
 def _driver(request: pytest.FixtureRequest) -> Iterator[Driver]:
@@ -121,7 +125,7 @@ kernel_driver = pytest.fixture(scope="module", params=["cpu", "emulated"], name=
 def _repeatable(request: pytest.FixtureRequest) -> Iterator[None]:
     """Random numbers that depend on the test alone, so that a red run is red again; and one thread: tensors here are
     small. Other counts give the same bits (test_edges.py)."""
-    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+    torch.manual_seed(zlib.crc32(f"{request.path.name}::{request.node.name}".encode()))
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(1)

@@ -17,7 +17,7 @@ import bregman_cuda
 from bregman_cuda import L1, AdaBreg, GroupLasso
 
 ROOT = Path(__file__).resolve().parents[1]
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
 
 
 def run_ranks(role: str, world: int, folder: Path, *sources: Path) -> None:
