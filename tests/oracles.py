@@ -243,6 +243,35 @@ def weighted_group_lasso(x: np.ndarray, s: np.ndarray, w: float) -> np.ndarray:
     return x * theta / (theta + w * s)
 
 
+def weighted_objective(phi: Callable[[float], float], x: np.ndarray, z: np.ndarray, s: np.ndarray) -> float:
+    """phi(||z||) + sum (z - x)^2 / (2 s)  (one group)."""
+    return phi(float(np.linalg.norm(z))) + 0.5 * float(np.sum((z - x) ** 2 / s))
+
+
+def least_weighted_objective(phi: Callable[[float], float], x: np.ndarray, s: np.ndarray) -> float:
+    """The least of it over all z: the best z of norm t is x / (1 + rho s) for some rho >= 0, so that a dense scan over
+    rho, and golden sections around each of its local minima, find it."""
+
+    def objectives(log_rho: np.ndarray) -> list[float]:
+        z = x / (1 + np.exp(log_rho)[:, None] * s)
+        fit = 0.5 * np.sum((z - x) ** 2 / s, axis=1)
+        return [phi(t) + f for t, f in zip(np.linalg.norm(z, axis=1).tolist(), fit.tolist())]
+
+    grid = np.linspace(-math.log(s.max()) - 40, -math.log(s.min()) + 40, 500)
+    at = [math.inf, *objectives(grid), math.inf]
+    least = min(weighted_objective(phi, x, x, s), weighted_objective(phi, x, np.zeros_like(x), s))
+    for i in range(len(grid)):
+        if not at[i] >= at[i + 1] <= at[i + 2] or at[i] == at[i + 2]:
+            continue
+        low, high = grid[max(i - 1, 0)], grid[min(i + 1, len(grid) - 1)]
+        for _ in range(45):
+            left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
+            a, b = objectives(np.array([left, right]))
+            low, high = (low, right) if a <= b else (left, high)
+        least = min(least, *objectives(np.array([low, high])), at[i + 1])
+    return least
+
+
 def splitlbi(p0, grads, lrs, lam, momentum=0.0, *, kappa=1.0, mu=2.0, nesterov=False, weight_decay=0.0, inside=False):
     """FuSplit LBI (research notes on SplitLBI, section 1): all from the old weights and the old twin."""
     w, z, m = p0.astype(np.float64).copy(), np.zeros(p0.shape), np.zeros(p0.shape)

@@ -181,13 +181,15 @@ CONVEX = {name: case for name, case in PENALTIES.items() if getattr(case(), "con
 
 
 def takes(rule: str, reg: str) -> bool:
-    """Whether the rule serves the regularizer: a dual asks for a convex one, a metric for a prox known in it."""
+    """Whether the rule serves the regularizer: a dual asks for a convex one, a metric for a prox known in it, and a
+    half-space kernel for a line."""
     case = EVERY_RULE[rule]
     if rule in GROUP_RULES and reg not in [name for name in GROUP if PENALTIES[name]().elementwise is None]:
         return reg == "none"
     return reg == "none" or not (
         (case.dual and reg not in CONVEX)
-        or ((case.metric or rule in GROUP_RULES) and PENALTIES[reg]().why_not_weighted())
+        or (case.metric and PENALTIES[reg]().why_not_weighted())
+        or (rule in GROUP_RULES and PENALTIES[reg]().radial.line() is None)
     )
 
 

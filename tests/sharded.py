@@ -132,12 +132,10 @@ def regularizers(rule: str, layout: str) -> dict[str, registry.RegCase]:
     return found | (SHARED if rule.startswith("proxsgd") else {})
 
 
-def collectives_of(rule: str, layout: str, dtype: torch.dtype) -> int:
-    """One for each process group and round: a group's root in a metric takes 6 or 7, a half-space step with the
+def collectives_of(rule: str, layout: str) -> int:
+    """One for each process group and round: a group's root in a metric takes up to 10, a half-space step with the
     envelope 2."""
-    wide = dtype == torch.float64
-    rounds = 6 + wide if RULES[rule].metric else 2 if rule == "hspg" else 1
-    return COLLECTIVES[layout] * rounds
+    return COLLECTIVES[layout] * (10 if RULES[rule].metric else 2 if rule == "hspg" else 1)
 
 
 def tensors(rule: str, layout: str, dtype: torch.dtype, place: Callable[[Tensor], Tensor] | None) -> dict[str, Any]:

@@ -219,6 +219,8 @@ FUNCTIONS = {
     "add_squares": ("buffered.h", BUFFERED),
     "add_start": ("buffered.h", BUFFERED),
     "add_step": ("buffered.h", BUFFERED),
+    "add_curve": ("buffered.h", BUFFERED),
+    "add_gain": ("buffered.h", BUFFERED),
     "add_products": ("buffered.h", BUFFERED),
     "scale_points": ("buffered.h", BUFFERED),
     "half_space_points": ("buffered.h", BUFFERED),

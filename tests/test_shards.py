@@ -85,7 +85,7 @@ def test_every_rule_and_regularizer_steps_as_on_one_process(ranks, n, rule, layo
     parameters see the order of a sum. Penalties of the whole tensor have no bits in common with their kernels. None of
     the collectives where no group is cut."""
     ours, expected = ranks(n)[1][rule, layout, dtype], here.tensors(rule, layout, dtype, None)
-    assert ours["collectives"] == here.collectives_of(rule, layout, dtype)
+    assert ours["collectives"] == here.collectives_of(rule, layout)
     assert ours["counts"] == expected["counts"]
     assert any(bool((p == 0).any()) for p in expected["params"])
     for a, b, s, t, exact in zip(*(found[k] for k in ("params", "state") for found in (ours, expected)), ours["exact"]):

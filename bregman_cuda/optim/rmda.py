@@ -277,7 +277,8 @@ class RAMDA(_DualAveraging):
 
     Args:
         params, lr, reg, momentum, maximize, fused, count_nonzeros, check_finite, capturable: as in `RMDA`. Group
-            penalties of solver="exact": lasso (with or without l1) and MCP; of "pg": all convex ones, and `Nuclear`.
+            penalties of solver="exact": lasso (with or without l1), l0, l1/2, l2/3, MCP and SCAD; of "pg": all convex
+            ones, and `Nuclear`.
         eps: >= 0, added to the cube root.
         solver: "exact" or "pg"; fused=True and compiled steps need "exact".
         max_iters, rtol: of "pg": its most iterations, an integer >= 1, and its tolerance >= 0.

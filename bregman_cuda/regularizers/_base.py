@@ -181,16 +181,17 @@ class Regularizer:
     def why_not_weighted(self) -> str:
         """Empty, or why the prox with a step size for each element is not known.
 
-        Separable penalties always have it. On group norms, those have whose slope is a line (`Separable.line`). With an
-        elementwise phi below, it is the prox of phi followed by that of the norm if phi(t x) = t phi(x) for t >= 0:
-        phi's subgradients depend on signs alone then, which shrinking a group keeps.
+        Separable penalties always have it. On group norms, those have whose slope is a line (`Separable.line`) or a
+        known curve (`Separable.curve`). With an elementwise phi below, it is the prox of phi followed by that of the
+        norm if phi(t x) = t phi(x) for t >= 0: phi's subgradients depend on signs alone then, which shrinking a group
+        keeps.
         """
         if self.whole:
             return f"{type(self).__name__} has no known prox: {self.whole}"
         if self.radial is None:
             return ""
         for part, known, where in (
-            (self.radial, self.radial.line() is not None, "on group norms has no slope that is a line"),
+            (self.radial, self.radial.in_metric(), "on group norms has no slope that is a line, nor a curve"),
             (self.elementwise, getattr(self.elementwise, "homogeneous", True), "below group norms is not homogeneous"),
         ):
             if not known:
@@ -263,8 +264,7 @@ class Regularizer:
             return x
         weight = self.group_weight(whole.shape) if math.prod(whole.shape) else 1.0
         if self._per_element(x, step):
-            level, slope = (number_like(v, x) * weight for v in self.radial.line(x.dtype) or (0.0, 0.0))
-            return (yield from weighted_group_prox(x, scale, level, slope, self._reduced(whole.shape)))
+            return (yield from weighted_group_prox(x, scale, self.radial, weight, self._reduced(whole.shape)))
         [squares] = yield [self._group_squares(x, whole.shape)]
         return x * self._radial_factor(squares.sqrt().to(x.dtype), scale * weight) if x.numel() else x
 
@@ -324,6 +324,15 @@ class Separable(Regularizer):
         """(level, slope), computed in `dtype`:  phi'(t) = level - slope * t for t > 0, as far as that is positive: as a
         group penalty it has a prox in a diagonal metric then."""
         return None
+
+    def curve(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Of a penalty without `line`, for t > 0 in fp64, with parameters rounded to `dtype`: phi(t), phi'(t) / t, and
+        -t times the derivative of that; phi'(t) / t must not increase."""
+        raise NotImplementedError
+
+    def in_metric(self) -> bool:
+        """Whether the group penalty has a prox in a diagonal metric."""
+        return self.line() is not None or type(self).curve is not Separable.curve
 
     def _phi(self, x: Tensor) -> Tensor:
         raise NotImplementedError

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .._math import number_like
 from ._base import Separable
 
 # Where zero and the other minimum are equally good, and the start of the iteration, by K.
@@ -23,6 +24,11 @@ class Power(Separable):
 
     def parameters(self) -> dict[str, float]:
         return {"lam": self.lam}
+
+    def curve(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        lam, y = number_like(self.lam, t, dtype).double(), inverse_root(t, self.root)
+        ratio = lam * ((self.root - 1) / self.root) * y / t
+        return lam * t * y, ratio, ratio * (1 + 1 / self.root)
 
     def _phi(self, x: Tensor) -> Tensor:
         safe = torch.where(x == 0, 1.0, x.abs())  # torch's gradient at zero is zero and not NaN

@@ -1,7 +1,8 @@
-"""The group prox in a diagonal metric: the twin of csrc/math/weighted.h, operation by operation."""
+"""The group prox in a diagonal metric: the twin of csrc/math/weighted.h and curved.h, operation by operation."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,36 +12,42 @@ from .._math import number_like
 from ._rounds import Rounds
 
 
-def weighted_group_prox(x: Tensor, scale: Tensor, level: Any, slope: Any, reduced: list[int]) -> Rounds[Tensor]:
-    """argmin_z  phi(||z||) + sum_i (z_i - x_i)^2 / (2 scale_i)  for each group, with phi'(t) = level - slope t.
+def weighted_group_prox(x: Tensor, scale: Tensor, radial: Any, weight: float, reduced: list[int]) -> Rounds[Tensor]:
+    """argmin_z  weight phi(||z||) + sum_i (z_i - x_i)^2 / (2 scale_i)  for each group.
 
-    The group is zero if and only if ||x / scale|| <= level; otherwise z_i = x_i / (1 + rho scale_i) with
-    rho = phi'(t) / t, and t = ||z|| is found by a fixed number of steps, whose errors weighted.h gives.
+    Other than zero, z_i = x_i / (1 + rho scale_i) with rho = weight phi'(t) / t and t = ||z||. A fixed number of steps
+    finds rho; weighted.h and curved.h give their errors.
 
     Args:
         x: fp32 or fp64 of any shape.
         scale: of x's shape and dtype, >= 0; 0 leaves an element alone.
-        level, slope: of phi, the group's weight included; numbers or 0-dim tensors of x's dtype.
+        radial: the penalty phi, which has a `line` or is `curved`.
         reduced: the dimensions within a group; none if every element is a group.
     """
     if not reduced:
-        wider = yield from weighted_group_prox(x.unsqueeze(-1), scale.unsqueeze(-1), level, slope, [x.dim()])
+        wider = yield from weighted_group_prox(x.unsqueeze(-1), scale.unsqueeze(-1), radial, weight, [x.dim()])
         return wider.squeeze(-1)
-    double = x.dtype == torch.float64
-    level, slope = (number_like(value, x) for value in (level, slope))
+    least = 1e-75 if x.dtype == torch.float64 else 1e-30
+    kept = torch.where(scale < least, least, scale)
+    if (line := radial.line(x.dtype)) is None:
+        rho = yield from _curve_rho(x, scale, kept, radial, number_like(weight, x).double(), reduced)
+    else:
+        level, slope = (number_like(value, x) * weight for value in line)
+        rho = yield from _line_rho(x, scale, kept, level, slope, reduced)
+    return x / (1 + rho * kept)
 
-    def sums(part: Tensor, other: Tensor) -> Rounds[Tensor]:
-        square = part.double().square()
-        pair = [square.sum(reduced, keepdim=True), (square * other.double()).sum(reduced, keepdim=True)]
-        [total] = yield [torch.stack(pair)]
-        return total
+
+def _line_rho(
+    x: Tensor, scale: Tensor, kept: Tensor, level: Tensor, slope: Tensor, reduced: list[int]
+) -> Rounds[Tensor]:
+    """rho where phi'(t) = level - slope t: infinite if and only if ||x / scale|| <= level."""
+    double = x.dtype == torch.float64
 
     def bent(scale: Tensor) -> Tensor:
         rest = 1 - slope * scale
         return torch.where(rest < 2.0**-7, 2.0**-7, rest)
 
-    kept = torch.where(scale < (1e-75 if double else 1e-30), 1e-75 if double else 1e-30, scale)
-    a, b = yield from sums(x / kept, bent(kept) / kept)
+    a, b = yield from _sums(x / kept, bent(kept) / kept, reduced)
     norm, wide = a.sqrt(), level.double()
     t = a * (norm - wide) / b
     t = torch.where(norm <= wide, 0.0, torch.where(norm - norm != 0, norm, t))
@@ -48,7 +55,7 @@ def weighted_group_prox(x: Tensor, scale: Tensor, level: Any, slope: Any, reduce
         rest = bent(scale)
         t = t.to(x.dtype).double()
         q = 1 / (t.to(x.dtype) * rest + level * scale)
-        a, b = yield from sums(x * q, q * rest)
+        a, b = yield from _sums(x * q, q * rest, reduced)
         after = t + a * (a.sqrt() - 1) / b
         exponent = _rough_log2(a.float()) * (a / (2 * t * b)).float()
         far = t * _rough_exp2(torch.where(exponent < 60, exponent, 60)).double()
@@ -57,8 +64,43 @@ def weighted_group_prox(x: Tensor, scale: Tensor, level: Any, slope: Any, reduce
         t = torch.where((t > 0) & (t - t == 0), after, t)
     rho = wide / t - slope.double()
     rho = torch.where(rho < 0, 0.0, rho)
-    rho = torch.where((wide == 0) & (t == 0), 0.0, rho).to(x.dtype)
-    return x / (1 + rho * kept)
+    return torch.where((wide == 0) & (t == 0), 0.0, rho).to(x.dtype)
+
+
+def _curve_rho(
+    x: Tensor, scale: Tensor, kept: Tensor, radial: Any, weight: Tensor, reduced: list[int]
+) -> Rounds[Tensor]:
+    """rho of a `curved` penalty: a critical point's that beats zero, or infinity."""
+    double = x.dtype == torch.float64
+
+    def curve(squares: Tensor) -> list[Tensor]:
+        squares = torch.where(squares < 1e-300, 1e-300, squares)
+        return [squares, *(weight * part for part in radial.curve(squares.sqrt(), x.dtype))]
+
+    rho = x.new_zeros([1 if d in reduced else n for d, n in enumerate(x.shape)])
+    for _ in range(9):
+        q = 1 / (1 + rho * kept)
+        a, b = yield from _sums(x * q, kept * q, reduced)
+        squares, _, wanted, bend = curve(a)
+        fall = 1 - bend * (b / squares)
+        fall = torch.where(fall < 2.0**-10, 2.0**-10, fall)
+        after = rho.double() + (wanted - rho.double()) / fall
+        after = torch.where(after < wanted / 4, wanted / 4, after)
+        after = torch.where(after > wanted * 4, wanted * 4, after)
+        after = torch.where(after > (1e58 if double else 1e22), 1e58 if double else 1e22, after)
+        rho = torch.where(a - a != 0, torch.where(a > 0, 0.0, a), after).to(x.dtype)
+    wide = scale.double()
+    q = 1 / (1 + rho * kept)
+    a, b = yield from _sums(x * q, 1 / torch.where(wide < 1e-300, 1e-300, wide), reduced)
+    value = curve(a)[1]
+    return torch.where((value > 0) & (value >= 0.5 * b + rho.double() * a), math.inf, rho)
+
+
+def _sums(part: Tensor, other: Tensor, reduced: list[int]) -> Rounds[Tensor]:
+    square = part.double().square()
+    pair = [square.sum(reduced, keepdim=True), (square * other.double()).sum(reduced, keepdim=True)]
+    [total] = yield [torch.stack(pair)]
+    return total
 
 
 def _rough_log2(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._math import number_like
 from ._base import Grouped, Separable
 
 
@@ -31,6 +32,10 @@ class L0(Separable):
     def parameters(self) -> dict[str, float]:
         return {"lam": self.lam}
 
+    def curve(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        flat = torch.zeros_like(t)
+        return number_like(self.lam, t, dtype).double() + flat, flat, flat
+
     def _phi(self, x: Tensor) -> Tensor:
         return torch.where(x == 0, 0 * x, self.lam)  # in torch's graph, with a gradient of zero
 
@@ -51,6 +56,9 @@ class L0(Separable):
 @dataclass
 class GroupL0(Grouped):
     """J(x) = lam * sum of w_G over the groups that are not zero.
+
+    With a step size for each element (`ProxAdam`, `RAMDA`, `AveragedProxSGD`), a group stays as it is if
+    sum x_i^2 / (2 step_i) > lam w_G.
 
     Args:
         lam: strength, >= 0.

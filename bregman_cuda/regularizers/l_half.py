@@ -31,6 +31,11 @@ class LHalf(Power):
 class GroupLHalf(Grouped):
     """J(x) = lam * sum_G w_G ||x_G||_2^(1/2).
 
+    With a step size for each element (`ProxAdam`, `RAMDA`, `AveragedProxSGD`), the prox is the better of zero and the
+    critical point of largest norm. That is the global minimum unless there are more such points: never seen where steps
+    spread evenly over up to 8 decades; with steps in two clusters, decades apart, 0 to 2% of groups had a better one,
+    by up to 1% of zero's objective (csrc/math/curved.h).
+
     Args:
         lam: strength, >= 0.
         groups, weight: as in `GroupLasso`.

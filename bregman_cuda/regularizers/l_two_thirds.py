@@ -31,6 +31,8 @@ class LTwoThirds(Power):
 class GroupLTwoThirds(Grouped):
     """J(x) = lam * sum_G w_G ||x_G||_2^(2/3).
 
+    With a step size for each element (`ProxAdam`, `RAMDA`, `AveragedProxSGD`), as in `GroupLHalf`.
+
     Args:
         lam: strength, >= 0.
         groups, weight: as in `GroupLasso`.

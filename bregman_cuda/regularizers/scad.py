@@ -38,6 +38,16 @@ class SCAD(Separable):
     def parameters(self) -> dict[str, float]:
         return {"lam": self.lam, "a": self.a}
 
+    def curve(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        lam, a = (number_like(value, t, dtype).double() for value in (self.lam, self.a))
+        slope, near, end = 1 / (a - 1), t <= lam, a * lam
+        pull, falling = torch.where(near, lam, end * slope) / t, torch.where(near, 0.0, slope)
+        flat = pull <= falling
+        ratio, bend = torch.where(flat, 0.0, pull - falling), torch.where(flat, 0.0, pull)
+        reach = torch.where(t < end, t, end)
+        past = torch.where(near, 0.0, reach - lam)
+        return lam * reach - 0.5 * slope * (past * past), ratio, bend
+
     def _phi(self, x: Tensor) -> Tensor:
         m = x.abs().clamp_max(self.a * self.lam)
         return self.lam * m - (m - self.lam).clamp_min(0).square() / (2 * (self.a - 1))
@@ -72,6 +82,12 @@ class GroupSCAD(Grouped):
     """J(x) = sum_G w_G phi(||x_G||_2) with the phi of `SCAD`: a group is free of shrinkage from norm a * lam.
 
     The weight multiplies phi, so that it acts as a longer step: see `SCAD` with step * w_G.
+
+    With a step size for each element (`ProxAdam`, `RAMDA`, `AveragedProxSGD`), the prox is the better of zero and the
+    critical point of largest norm: the global minimum while all of a group's steps have step_i * w_G < a - 1. Beyond,
+    its problem is not convex, and another critical point may be better: of groups with steps in two clusters, decades
+    apart, 2 to 5%, by up to 30% of zero's objective. These steps depend on gradients, so that nothing is refused:
+    ProxAdam's are at most lr / (c1 eps), AveragedProxSGD's 1 / eps.
 
     Args:
         lam, a: as in `SCAD`.

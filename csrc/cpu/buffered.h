@@ -3,6 +3,7 @@
 // costs a user's build a sum of loops and not a product.
 #pragma once
 
+#include "../math/curved.h"
 #include "../math/half_space.h"
 #include "grouped.h"
 
@@ -152,6 +153,36 @@ BREGMAN_LOOP void add_step(const Matrix<C> m, const Line<C> line, const C* __res
 }
 
 template <class C>
+BREGMAN_LOOP void add_curve(const Matrix<C> m, const C* __restrict__ rho, double* __restrict__ a,
+                            double* __restrict__ b) {
+  for (int64_t r = 0; r < m.rows; ++r) {
+    const C* __restrict__ z = m.z + r * m.columns;
+    const C* __restrict__ scales = m.scales + r * m.columns;
+#pragma GCC ivdep
+    for (int64_t j = 0; j < m.columns; ++j) {
+      const Sums terms = curve_terms(z[j], scales[j], rho[j]);
+      a[j] += terms.a;
+      b[j] += terms.b;
+    }
+  }
+}
+
+template <class C>
+BREGMAN_LOOP void add_gain(const Matrix<C> m, const C* __restrict__ rho, double* __restrict__ a,
+                           double* __restrict__ b) {
+  for (int64_t r = 0; r < m.rows; ++r) {
+    const C* __restrict__ z = m.z + r * m.columns;
+    const C* __restrict__ scales = m.scales + r * m.columns;
+#pragma GCC ivdep
+    for (int64_t j = 0; j < m.columns; ++j) {
+      const Sums terms = gain_terms(z[j], scales[j], rho[j]);
+      a[j] += terms.a;
+      b[j] += terms.b;
+    }
+  }
+}
+
+template <class C>
 BREGMAN_LOOP void add_products(const Matrix<C> m, double* __restrict__ a, double* __restrict__ b) {
   for (int64_t r = 0; r < m.rows; ++r) {
     const C* __restrict__ z = m.z + r * m.columns;
@@ -247,6 +278,32 @@ class BufferedGroups {
     for_parts([&](const Matrix<C>& m) { shrink_points(m, spread_); });
   }
 
+  // The same along a curve.
+  void shrink_along(const Penalty<C>& k, C weight) {
+    double* rho = totals_ + 2 * count_;
+    for (int64_t g = 0; g < count_; ++g) rho[g] = 0;
+    auto visit = [&](auto add) {
+      for (int64_t g = 0; g < count_; ++g) group_[g] = C(rho[g]);
+      spread(group_, row_, count_, spread_);
+      clear();
+      for_parts(add);
+      total();
+    };
+    bool moves = true;
+    for (int step = 0; step < kCurveSteps && moves; ++step) {
+      visit([&](const Matrix<C>& m) { add_curve(m, spread_, sums_, sums_ + columns_); });
+      moves = false;
+      for (int64_t g = 0; g < count_; ++g) {
+        rho[g] = curve_step(rho[g], sums(g), k, weight);
+        moves |= C(rho[g]) != group_[g];
+      }
+    }
+    visit([&](const Matrix<C>& m) { add_gain(m, spread_, sums_, sums_ + columns_); });
+    for (int64_t g = 0; g < count_; ++g) group_[g] = C(curve_decision(rho[g], sums(g), k, weight));
+    spread(group_, row_, count_, spread_);
+    for_parts([&](const Matrix<C>& m) { shrink_points(m, spread_); });
+  }
+
   // The half-space step, with the old parameters for scales.
   void project(const Line<C>& line, C lr, C epsilon) {
     clear();
@@ -299,9 +356,11 @@ struct PointGroups : TileOf<Rule, T> {
     if (k.elementwise.kind != 0) prox_buffer<Rule, C>(z, scales, elements, k);
     BufferedGroups<C> groups(scratch, z, scales, rows, row, count);
     Line<C> line{};
-    if constexpr (kPaired<Rule>) line_of(k.radial, C(t.weight), line);
+    bool straight = false;
+    if constexpr (kPaired<Rule>) straight = line_of(k.radial, C(t.weight), line);
     if constexpr (Rule::kMetric) {
-      groups.shrink_in_metric(line);
+      if (straight) groups.shrink_in_metric(line);
+      else groups.shrink_along(k.radial, C(t.weight));
     } else if constexpr (Rule::kHalfSpace) {
       groups.project(line, k.h.lr, k.h.epsilon);
     } else {

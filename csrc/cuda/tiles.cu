@@ -23,7 +23,7 @@ template <class C, bool kPair>
 struct GroupArrays {
   sums_t<kPair> partial[kThreads];
   sums_t<kPair> sum[kMaxGroups];
-  double norm[kPair ? kMaxGroups : 2];
+  double norm[kPair ? kMaxGroups : 2];  // or rho, along a curve
   C factor[kMaxGroups];
   int alive[kMaxGroups];
   int moved[2];  // whether a norm did in a pass: in turns, so that a thread may still read the last one's
@@ -161,7 +161,6 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<T, kShared>)
   using C = typename Part::C;
   constexpr int V = Part::V;
   constexpr bool kPair = kPaired<Rule>;
-  constexpr int kSums = kPair && !Rule::kHalfSpace ? 1 + kRootSteps<C> : 1;  // passes that sum over groups
   using Shared = GroupArrays<C, kPair>;
   BREGMAN_DYNAMIC_SHARED(unsigned char, memory);
   Shared& arrays = *reinterpret_cast<Shared*>(memory);
@@ -203,10 +202,15 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<T, kShared>)
   };
 
   Line<C> line{};
-  if constexpr (kPair) line_of(k.radial, C(part.t.weight), line);
+  bool straight = true;
+  if constexpr (kPair) straight = line_of(k.radial, C(part.t.weight), line);
+  const bool curved = Rule::kMetric && !straight;
+  // Passes that sum over groups.
+  const int sums = !Rule::kMetric ? 1 : curved ? kCurveSteps + 1 : kRootSteps<C> + 1;
   const bool second = kShared && args.phase == Phase::scale;
   for (int g = int(threadIdx.x); g < tile.groups; g += kThreads) {
     arrays.alive[g] = 0;
+    if constexpr (Rule::kMetric) arrays.norm[g] = 0;
     if (kShared && second) arrays.factor[g] = C(value_of(g));
   }
   __syncthreads();
@@ -214,16 +218,18 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<T, kShared>)
   int count = 0;
   bool on_chip = false;
 #pragma unroll 1
-  for (int pass = second ? kSums : 0; pass <= (kShared && !second ? 0 : kSums); ++pass) {
-    const bool writes = pass == kSums;
+  for (int pass = second ? sums : 0; pass <= (kShared && !second ? 0 : sums); ++pass) {
+    const bool writes = pass == sums;
     auto terms = [&](C x, C scale, int group) {
       if constexpr (Rule::kHalfSpace) return half_space_terms(x, scale);
-      else if constexpr (kPair)
-        return pass == 0 ? start_terms(x, scale, line) : step_terms(x, scale, C(arrays.norm[group]), line);
-      else return double(x) * double(x);
+      else if constexpr (kPair) {
+        const C norm = C(arrays.norm[group]);
+        if (curved) return pass + 1 < sums ? curve_terms(x, scale, norm) : gain_terms(x, scale, norm);
+        return pass == 0 ? start_terms(x, scale, line) : step_terms(x, scale, norm, line);
+      } else return double(x) * double(x);
     };
     sums_t<kPair> own{};  // of a group that has the block for itself
-    if (!writes && threadIdx.x == 0) arrays.moved[pass % 2] = 0;
+    if (pass + 1 < sums && threadIdx.x == 0) arrays.moved[pass % 2] = 0;
 #pragma unroll 1
     for (int64_t start = 0; start < tile.elements(); start += panel_size) {
       const Panel panel(tile, start, panel_size);
@@ -286,10 +292,12 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<T, kShared>)
       if constexpr (Rule::kHalfSpace) {
         arrays.factor[g] = half_space_pull(sum, line, k.h.lr, k.h.epsilon);
       } else if constexpr (kPair) {
-        const double norm = pass == 0 ? root_start(sum, line) : root_step<C>(arrays.norm[g], sum);
-        if (pass == 0 || C(norm) != C(arrays.norm[g])) atomicOr(&arrays.moved[pass % 2], 1);
+        const double before = arrays.norm[g];
+        const double norm = curved ? group_curve(pass + 1 < sums, before, sum, k.radial, C(part.t.weight))
+                            : pass == 0 ? root_start(sum, line) : root_step<C>(before, sum);
+        if ((pass == 0 && !curved) || C(norm) != C(before)) atomicOr(&arrays.moved[pass % 2], 1);
         arrays.norm[g] = norm;
-        arrays.factor[g] = root_rho(norm, line);
+        arrays.factor[g] = curved ? C(norm) : root_rho(norm, line);
       } else if constexpr (kShared) {
         value_of(g) = sum;
       } else {
@@ -299,7 +307,7 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<T, kShared>)
     }
     __syncthreads();
     // A step begins at norms of type C: where none has changed, neither will the next.
-    if (kSums > 1 && !arrays.moved[pass % 2]) pass = kSums - 1;
+    if (Rule::kMetric && !arrays.moved[pass % 2] && pass + 1 < sums) pass = sums - 1 - curved;
   }
   if (kShared && !second) {
     if (item.begin == 0 && threadIdx.x == 0) global(plan.decays())[item.tensor] = budget_decay(k, part.t.weight);

@@ -5,6 +5,7 @@
 #include "../math/radial.h"
 #include "../math/rule_list.h"
 #include "../math/scalars.h"
+#include "../math/curved.h"
 #include "../math/half_space.h"
 #include "step.h"
 #include "tuning.h"

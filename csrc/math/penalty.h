@@ -17,4 +17,9 @@ struct Line {
   C level, slope;
 };
 
+// Of the others, at t > 0: phi(t), phi'(t) / t, which must not increase, and -t times the derivative of that (curved.h).
+struct Curve {
+  double value, ratio, bend;
+};
+
 BREGMAN_END

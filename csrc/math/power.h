@@ -4,7 +4,7 @@
 // q = p tau a^(-1 - 1/K); its root in (0, 1] beats z = 0 iff q is below a constant, where w^K = 2 / (K + 1).
 #pragma once
 
-#include "hd.h"
+#include "penalty.h"
 
 BREGMAN_BEGIN
 
@@ -31,6 +31,13 @@ BREGMAN_HD C power_prox(C x, C tau) {
   }
   w = select(q > C(0), w, C(1));  // tau = 0; and q is NaN at NaN, and at zero and infinity, which stay as they are
   return select(q >= C(crossing), C(0), x * power<K>(w));
+}
+
+// p lam t^(p - 2) falls with t like t^(-1 - 1/K).
+template <int K>
+BREGMAN_HD Curve power_curve(double t, double lam) {
+  const double y = inverse_root<K>(t), ratio = lam * ((K - 1.0) / K) * y / t;
+  return {lam * t * y, ratio, ratio * (1 + 1.0 / K)};
 }
 
 BREGMAN_END

@@ -14,6 +14,11 @@ struct L0 {
     C a = absolute(x);
     return select(a <= C(2) * (scale * k.a) / a, C(0), x);
   }
+
+  template <class C>
+  BREGMAN_HD static Curve curve(const Penalty<C>& k, double) {
+    return {double(k.a), 0, 0};
+  }
 };
 
 BREGMAN_END

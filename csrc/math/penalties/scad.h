@@ -22,6 +22,16 @@ struct SCAD {
     end = select(convex, k.a * k.b, end);
     return select(a <= end, shrunk, x);  // NaN stays
   }
+
+  template <class C>
+  BREGMAN_HD static Curve curve(const Penalty<C>& k, double t) {
+    const double lam = double(k.a), slope = 1 / (double(k.b) - 1), end = double(k.b) * lam;
+    const bool near = t <= lam;
+    const double pull = (near ? lam : end * slope) / t, falling = near ? 0 : slope;
+    const bool flat = pull <= falling;
+    const double reach = t < end ? t : end, past = near ? 0 : reach - lam;
+    return {lam * reach - 0.5 * slope * (past * past), flat ? 0 : pull - falling, flat ? 0 : pull};
+  }
 };
 
 BREGMAN_END
