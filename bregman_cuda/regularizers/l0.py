@@ -16,7 +16,7 @@ class L0(Separable):
     """J(x) = lam * (number of non-zero x_i): whatever survives is not shrunk.
 
     The prox is the hard threshold at sqrt(2 * step * lam). At zero every gradient is in the subdifferential, so that
-    zero is a critical point for every lam > 0 and `lam_max` is 0. Not convex: for ProxSGD.
+    zero is a critical point for every lam > 0 and `lam_max` is 0. Not convex.
 
     Args:
         lam: strength, >= 0; 0 is the identity.

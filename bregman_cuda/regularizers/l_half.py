@@ -13,7 +13,7 @@ class LHalf(Power):
     """J(x) = lam * sum |x_i|^(1/2): shrinks large weights less than l1 does, and small ones to zero.
 
     The prox is zero up to |x| = 1.5 * (step * lam)^(2/3), and jumps there. At zero every gradient is in the
-    subdifferential, so that zero is a critical point for every lam > 0 and `lam_max` is 0. Not convex: for ProxSGD.
+    subdifferential, so that zero is a critical point for every lam > 0 and `lam_max` is 0. Not convex.
 
     Args:
         lam: strength, >= 0; 0 is the identity.

@@ -13,7 +13,7 @@ class LTwoThirds(Power):
     """J(x) = lam * sum |x_i|^(2/3): shrinks large weights less than l1 does, and small ones to zero.
 
     The prox is zero up to |x| = 2 * (2/3 * step * lam)^(3/4), and jumps there. At zero every gradient is in the
-    subdifferential, so that zero is a critical point for every lam > 0 and `lam_max` is 0. Not convex: for ProxSGD.
+    subdifferential, so that zero is a critical point for every lam > 0 and `lam_max` is 0. Not convex.
 
     Args:
         lam: strength, >= 0; 0 is the identity.

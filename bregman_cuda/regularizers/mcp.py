@@ -19,7 +19,7 @@ class MCP(Separable):
 
     Minimax concave penalty (Zhang 2010): l1 near zero, and no shrinkage of large weights. Below step = gamma the prox
     is the firm threshold: zero up to step * lam, the identity from gamma * lam. From there on its objective is concave
-    below gamma * lam, and the prox is the hard threshold at lam * sqrt(gamma * step). Not convex: for ProxSGD.
+    below gamma * lam, and the prox is the hard threshold at lam * sqrt(gamma * step). Not convex.
 
     Args:
         lam: strength, >= 0; 0 is the identity.

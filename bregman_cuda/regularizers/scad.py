@@ -18,7 +18,7 @@ class SCAD(Separable):
 
     Smoothly clipped absolute deviation (Fan and Li 2001). Below step = a - 1 the prox is the soft threshold up to
     (1 + step) * lam, linear up to a * lam and the identity from there. For longer steps it is the better of the soft
-    threshold and x. Not convex: for ProxSGD.
+    threshold and x. Not convex.
 
     Args:
         lam: strength, >= 0; 0 is the identity.
