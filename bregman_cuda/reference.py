@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .optim._rule import Hyper, Rule, State
 from .regularizers import Regularizer
-from .regularizers._rounds import Rounds, Whole, alone
+from .regularizers._rounds import Extent, Rounds, alone
 
 
 def state_dtype(param: Tensor) -> torch.dtype:
@@ -38,7 +38,7 @@ def step_(
         mask: bool of param's shape; False keeps the entry at exactly zero, in the state, too.
         grad_scale: factor on the gradient (-1 maximizes).
     """
-    alone(in_rounds(rule, reg, h, param, grad, state, mask, grad_scale, Whole(param.shape)))
+    alone(in_rounds(rule, reg, h, param, grad, state, mask, grad_scale, Extent(param.shape)))
 
 
 def in_rounds(
@@ -50,14 +50,14 @@ def in_rounds(
     state: State,
     mask: Tensor | None,
     grad_scale: float,
-    whole: Whole,
+    extent: Extent,
 ) -> Rounds[None]:
     """`step_` on a part of a tensor."""
     z, scale, before, grad = advance(rule, h, param, grad, state, mask, grad_scale)
     if reg is None or (reg.every > 1 and (int(state["step"]) + 1) % reg.every):  # counted before this step
         q = z
     else:
-        q = yield from rule.shrink(reg, z, scale if reg.every == 1 else scale * reg.every, h, before, whole)
+        q = yield from rule.shrink(reg, z, scale if reg.every == 1 else scale * reg.every, h, before, extent)
     finish(rule, h, q, before, grad, param, state, mask)
 
 
@@ -70,8 +70,8 @@ def step_together_(
     grad_scale: float,
 ) -> None:
     """`step_` on tensors (parameter, gradient, state, mask) whose groups share a budget; the prox scale is a number."""
-    wholes = [Whole(param.shape) for param, *_ in tensors]
-    alone(together_in_rounds(rule, reg, h, tensors, grad_scale, wholes))
+    extents = [Extent(param.shape) for param, *_ in tensors]
+    alone(together_in_rounds(rule, reg, h, tensors, grad_scale, extents))
 
 
 def together_in_rounds(
@@ -80,11 +80,11 @@ def together_in_rounds(
     h: Hyper,
     tensors: list[tuple[Tensor, Tensor, State, Tensor | None]],
     grad_scale: float,
-    wholes: Sequence[Whole],
+    extents: Sequence[Extent],
 ) -> Rounds[None]:
     """`step_together_` on parts of tensors."""
     halves = [advance(rule, h, *tensor, grad_scale) for tensor in tensors]
-    points = yield from reg.together_in_rounds([z for z, *_ in halves], halves[0][1], wholes)
+    points = yield from reg.together_in_rounds([z for z, *_ in halves], halves[0][1], extents)
     for (param, _, state, mask), (_, _, before, grad), q in zip(tensors, halves, points):
         finish(rule, h, q, before, grad, param, state, mask)
 

@@ -278,6 +278,9 @@ def worker(rank: int, world: int, folder: str) -> None:
         results["tensor parallel", name] = [whole(p.detach()) for p in model.parameters()]
 
     results["ended"] = ended(place)
+    results["changing"] = {name: changing(name, place) for name in CHANGES}
+    results["turned wide"] = turned_wide(place)
+    results["elsewhere"] = elsewhere(rank, world)
     results["rigl"] = {name: rigl(make, place) for name, make in RIGL.items()}
     results["refused"] = refusals(rank, mesh)
     results["agreed"] = agreed(rank, mesh)
@@ -439,6 +442,89 @@ RIGL = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.5),
     "adabreg": lambda p: AdaBreg(p, lr=0.01, reg=L1(0.1)),
 }
+
+
+class LoggedGroups(GroupLasso):
+    """A prox of its own."""
+
+    def prox(self, x: Tensor, step: Any) -> Tensor:
+        return super().prox(x, step)
+
+
+class HalvedEnvelope(GroupEnvelope):
+    """A prox of several tensors of its own."""
+
+    def prox_together(self, points: Any, step: Any) -> list[Tensor]:
+        return [0.5 * x for x in super().prox_together(points, step)]
+
+
+def changed_reg(reg: Any) -> Callable[[Any, Any], None]:
+    return lambda p, optimizer: optimizer.param_groups[0].update(reg=reg)
+
+
+# An optimizer, and what changes after two of its five steps.
+CHANGES: dict[str, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = {
+    "every": (lambda p: ProxSGD([p], 0.1, Nuclear(0.3, every=2)), changed_reg(Nuclear(0.3))),
+    "kind": (lambda p: ProxSGD([p], 0.1, Nuclear(0.3)), changed_reg(GroupLasso(0.1, "in"))),
+    "groups": (lambda p: ProxAdam([p], 0.1, GroupLasso(0.1, "in")), changed_reg(GroupLasso(0.1, ()))),
+    "phase": (lambda p: HSPG([p], 0.1, GroupEnvelope(0.1, 2, "in")), lambda p, optimizer: optimizer.half_space()),
+    "momentum": (
+        lambda p: RMDA([p], 0.1, GroupLasso(0.1, "in"), 0.5),
+        lambda p, optimizer: optimizer.param_groups[0].update(momentum=1.0),
+    ),
+    "own prox": (lambda p: ProxAdam([p], 0.1, LoggedGroups(0.1, "in")), changed_reg(LoggedGroups(0.2, "in"))),
+    "own prox_together": (
+        lambda p: ProxSGD([p], 0.1, HalvedEnvelope(0.1, 2, "in", scope="all")),
+        changed_reg(HalvedEnvelope(0.1, 1, "in", scope="all")),
+    ),
+}
+
+
+def changing(name: str, place: Callable[[Tensor], Any] | None) -> Tensor:
+    """A parameter whose optimizer changes in mid-training."""
+    generator = torch.Generator().manual_seed(0)
+    make, change = CHANGES[name]
+    value = torch.randn(9, 6, generator=generator)
+    p = nn.Parameter(value if place is None else place(value))
+    optimizer = make(p)
+    for number in range(5):
+        if number == 2:
+            change(p, optimizer)
+        grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+        p.grad = grad if place is None else place(grad)
+        optimizer.step()
+    return whole(p.detach())
+
+
+def turned_wide(place: Callable[[Tensor], Any] | None) -> Tensor:
+    """A module that is made float64 between steps."""
+    generator = torch.Generator().manual_seed(0)
+    module = nn.Linear(6, 9, bias=False)
+    value = torch.randn(9, 6, generator=generator)
+    module.weight = nn.Parameter(value if place is None else place(value))
+    optimizer = ProxAdam(module.parameters(), 0.1, GroupLasso(0.1, "in"))
+    for number in range(5):
+        if number == 2:
+            module.double()
+        grad = torch.randn(9, 6, generator=generator, dtype=torch.float64).to(module.weight.dtype)
+        module.weight.grad = grad if place is None else place(grad)
+        optimizer.step()
+    return whole(module.weight.detach())
+
+
+def elsewhere(rank: int, world: int) -> int:
+    """Each rank holds a parameter of a mesh of its own, and steps that of its own alone; how many elements of it."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    meshes = [DeviceMesh("cpu", [r]) for r in range(world)]
+    params = [nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)])) for mesh in meshes]
+    optimizer = LinBreg(params, lr=0.5, reg=GroupLasso(0.1, "in"))
+    for p, mesh in zip(params, meshes):
+        p.grad = distribute_tensor(torch.ones(4, 3), mesh, [Replicate()])
+    optimizer.step()
+    optimizer.step()
+    return sum(int((p._local_tensor != 1).sum()) for p in params)
 
 
 def agreed(rank: int, mesh: Any) -> int:

@@ -15,7 +15,7 @@ from small import NoReads, reg_distance
 from bregman_cuda import (
     GroupEnvelope,
 )
-from bregman_cuda.regularizers._rounds import Whole, alone
+from bregman_cuda.regularizers._rounds import Extent, alone
 
 
 def conjugate(y: np.ndarray, d: np.ndarray, k: int) -> float:
@@ -179,7 +179,7 @@ def test_nothing_reads_the_device():
     x, step = torch.randn(6, 4), torch.tensor(0.5)
     for reg in (GroupEnvelope(0.5, 2), GroupEnvelope(0.5, 6, weight="sqrt_size"), GroupEnvelope(torch.tensor(0.5), 3)):
         with NoReads():
-            alone(reg.prox_in_rounds(x, step, Whole(x.shape)))  # of a step; `prox` reads a lam on the CPU
+            alone(reg.prox_in_rounds(x, step, Extent(x.shape)))  # of a step; `prox` reads a lam on the CPU
             reg.value(x)
             reg.subgradient(x)
             reg.subdiff_distance(x, x)

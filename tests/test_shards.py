@@ -182,6 +182,19 @@ def test_rigl_moves_the_masks_of_whole_tensors(ranks, world, name):
     assert sum(int(mask.sum()) for mask in ours["masks"]) == round(0.4 * sum(m.numel() for m in ours["masks"]))
 
 
+@pytest.mark.parametrize("name", here.CHANGES)
+def test_options_that_change_between_steps(ranks, world, name):
+    torch.testing.assert_close(ranks(world)[1]["changing"][name], here.changing(name, None), rtol=1e-5, atol=1e-6)
+
+
+def test_a_module_that_is_made_float64_between_steps(ranks, world):
+    torch.testing.assert_close(ranks(world)[1]["turned wide"], here.turned_wide(None), rtol=1e-12, atol=1e-13)
+
+
+def test_parameters_of_other_ranks_are_left_alone(ranks, world):
+    assert ranks(world)[1]["elsewhere"] == 12
+
+
 def test_what_shards_cannot_do_is_refused(ranks, world):
     refused = ranks(world)[1]["refused"]
     assert "ProxAdam: parameter 0 of shape (6, 4): its prox sums over the ranks that hold it" in refused["capturable"]

@@ -19,8 +19,6 @@ from bregman_cuda import (
     density,
     param_groups,
 )
-from bregman_cuda.optim._shards import why_refused
-from bregman_cuda.optim.proxsgd import ProxSGDRule
 
 PAIR = [
     pytest.param(lambda lam=0.3: GroupEnvelope(lam, 2), id="envelope"),
@@ -208,22 +206,6 @@ def test_compiled_steps_in_plain_torch_are_refused_by_name(reg):
     torch._dynamo.reset()
     with pytest.raises(Exception, match=rf"compiled step runs kernels, but {type(reg).__name__}"):
         torch.compile(optimizer.step, fullgraph=True, backend="aot_eager")()
-
-
-@pytest.mark.parametrize("make", PAIR)
-def test_sharded_parameters_are_refused_by_name(make):
-
-    class Shard:
-        dim = 0
-
-        def is_partial(self):
-            return False
-
-    sharded = torch.nn.Parameter(torch.ones(4, 3))
-    sharded._local_tensor, sharded.placements = sharded.data[:2], (Shard(),)
-    assert f"{type(make()).__name__} cannot regularize a sharded parameter" in why_refused(
-        sharded, make(), ProxSGDRule(), False
-    )
 
 
 @pytest.mark.parametrize("reg", [GroupEnvelope(0.1, 2, "in", (1.0, 2.0)), Nuclear(0.1)], ids=lambda r: type(r).__name__)

@@ -13,7 +13,7 @@ from ..reference import state_dtype
 from ..regularizers import Regularizer
 from ..regularizers._base import check_number
 from . import _checkpoint, _masks
-from ._plan import Amp, Bucket, GroupPlan, check_together, counter_values, slots_of
+from ._plan import Amp, Bucket, GroupPlan, check_together, counter_values, pointers, slots_of
 from ._rule import COUNTERS, Rule
 from ._shards import (
     found_inf_anywhere,
@@ -203,12 +203,14 @@ class SparseOptimizer(torch.optim.Optimizer):
         ready = self._ready()
         if sum(len(plan.buckets) for plan, _, _ in ready) > 1:  # a single bucket checks before it changes anything
             self._check_against_params(ready)
-        for plan, group, grads in ready:
-            plan.run(group, grads, Amp(-1.0 if group["maximize"] else 1.0, grad_scale, found_inf))
         if self._sharded:
             from . import _collective
 
-            _collective.finish(self, [plan for plan, _, _ in ready])
+            places = _collective.places(self)
+        for plan, group, grads in ready:
+            plan.run(group, grads, Amp(-1.0 if group["maximize"] else 1.0, grad_scale, found_inf))
+        if self._sharded:
+            _collective.finish([plan for plan, _, _ in ready], places)
         if capturing:  # the graph reads their memory for as long as it lives
             self._captured += [plan for plan, _, _ in ready]
         return bool(ready)
@@ -260,7 +262,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         """torch lets nobody assign a gradient of another shape: a plan's first step looks at shapes, ops always do."""
         for plan, _, grads in ready:
             for bucket in plan.buckets:
-                own = grads if len(plan.buckets) == 1 else [grads[position] for position in bucket.index]
+                own = bucket.of(grads)
                 if plan.fits and set(map(_dtype, own)) == {bucket.dtype}:
                     continue
                 for param, grad in zip(bucket.params, own):
@@ -277,9 +279,8 @@ class SparseOptimizer(torch.optim.Optimizer):
         kind = (type(reg), *(getattr(reg, name, None) for name in ("groups", "weight", "k", "scope")))
         key = (active, self._rule(group).name, kind, group["fused"], group["capturable"])
         stepped = params if len(active) == len(params) else [params[i] for i in active]
-        pointers = [local(p).data_ptr() for p in stepped] if self._sharded else [p.data_ptr() for p in stepped]
-        known = self._plans.get(number)
-        if known is not None and known[0] == key and known[1].pointers == pointers and known[1].is_current():
+        known, where = self._plans.get(number), pointers(stepped, self._sharded)
+        if known is not None and known[0] == key and known[1].pointers == where and known[1].is_current():
             return known[1]
         if is_capturing():
             raise RuntimeError(

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..regularizers._rounds import Rounds, Whole, alone
+from ..regularizers._rounds import Extent, Rounds, alone
 from ._masks import unpack
 from ._plan import Bucket, GroupPlan, budgets
 from ._rule import Hyper, Rule
-from ._shards import Part, cut_along, is_sharded, local
+from ._shards import ShardExtent, cut_along, is_sharded, local
 
 if TYPE_CHECKING:
     from ._base import SparseOptimizer
@@ -47,7 +47,8 @@ class CutBucket(Bucket):
         self, rule: Rule, params: list[Tensor], states: list[dict[str, Any]], index: list[int], wholes: list[Any]
     ):
         super().__init__(rule, params, states, index, live=False)
-        self.wholes = [(p, Part(p) if is_sharded(p) else Whole(p.shape)) for p in wholes]
+        self.wholes = wholes  # the DTensors, of which `params` are this rank's parts
+        self.extents = [ShardExtent(p) if is_sharded(p) else Extent(p.shape) for p in wholes]
         self.units: list[Unit] = []
 
     def run_host(self, group: dict[str, Any], grads: list[Tensor], h: Hyper, factor: float) -> None:
@@ -58,20 +59,21 @@ class CutBucket(Bucket):
             mask = unpack(parts["mask"], param) if "mask" in parts else None
             tensors.append((param, grad, parts, mask))
         if -1 in budgets(reg, self.params):
-            wholes = [whole for _, whole in self.wholes]
-            rounds = reference.together_in_rounds(self.rule, reg, h, tensors, factor, wholes)
-            self.units = [Unit([param for param, _ in self.wholes], rounds)]
+            rounds = reference.together_in_rounds(self.rule, reg, h, tensors, factor, self.extents)
+            self.units = [Unit(self.wholes, rounds)]
             return
         self.units = [
-            Unit([param], reference.in_rounds(self.rule, reg, h, *tensor, factor, whole))
-            for tensor, (param, whole) in zip(tensors, self.wholes)
+            Unit([whole], reference.in_rounds(self.rule, reg, h, *tensor, factor, extent))
+            for tensor, whole, extent in zip(tensors, self.wholes, self.extents)
         ]
 
 
-def finish(optimizer: SparseOptimizer, plans: Sequence[GroupPlan]) -> None:
+def finish(plans: Sequence[GroupPlan], known: Sequence[Place]) -> None:
     """Sums over the ranks what the plans' cut buckets ask for, until their step is done.
 
-    Every rank has a place for every such tensor, with a gradient or without, so that no rank waits for another.
+    Args:
+        known: of `places`. Every rank has one for every such tensor, with a gradient or without, so that no rank waits
+            for another.
 
     Raises:
         RuntimeError: only some ranks have a gradient of a tensor (on CUDA: an assertion on the device).
@@ -79,46 +81,52 @@ def finish(optimizer: SparseOptimizer, plans: Sequence[GroupPlan]) -> None:
     cut = [bucket for plan in plans for bucket in plan.buckets if isinstance(bucket, CutBucket)]
     units = [unit for bucket in cut for unit in bucket.units]
     stepped = {id(p) for unit in units for p in unit.params}
-    places = [place for place in _places(optimizer) if not place.skips(id(place.param) in stepped)]
-    for number in range(max((len(place.shapes) for place in places), default=0)):
-        asked = {id(p): part for unit in units if unit.asked for p, part in zip(unit.params, unit.asked)}
-        _sum([place for place in places if number < len(place.shapes)], number, asked)
-        for unit in units:
-            if unit.asked:
-                unit.send([asked[id(p)] for p in unit.params])
-    for bucket in cut:
-        bucket.units = []  # the points of a step need not outlive it
+    present = [place for place in known if place.takes_part(id(place.param) in stepped)]
+    try:
+        for number in range(max((len(place.shapes) for place in present), default=0)):
+            asked = {id(p): part for unit in units if unit.asked for p, part in zip(unit.params, unit.asked)}
+            _sum([place for place in present if number < len(place.shapes)], number, asked)
+            for unit in units:
+                if unit.asked:
+                    unit.send([asked[id(p)] for p in unit.params])
+        if any(unit.asked for unit in units):
+            raise RuntimeError("a prox asked for more sums over ranks than that of zeros: their number must not vary")
+    finally:
+        for bucket in cut:
+            bucket.units = []  # the points of a step need not outlive it
 
 
 class Place:
     """A parameter whose prox sums over ranks: whom with, and the shapes of its sums, round by round."""
 
     def __init__(self, optimizer: SparseOptimizer, group: dict[str, Any], param: Any, along: tuple[int, ...]):
-        self.param, self.reg, self.state = param, group["reg"], optimizer.state
+        self.param, self.every, self.optimizer = param, group["reg"].every, optimizer
         self.groups = [param.device_mesh.get_group(dim) for dim in along]
         self.shapes = _shapes(optimizer._rule(group), group, param)
 
-    def skips(self, counted: bool) -> bool:
-        """Whether this step leaves out the prox; `counted` if it is among the parameter's steps already."""
-        every: int = self.reg.every
-        return every > 1 and (int(self.state.get(self.param, {}).get("step", 0)) + (not counted)) % every != 0
+    def takes_part(self, stepped: bool) -> bool:
+        """Whether this step has sums for it: not if it is frozen, and not if the step leaves out the prox."""
+        if not (stepped or self.param.requires_grad):
+            return False
+        steps = int(self.optimizer.state.get(self.param, {}).get("step", 0)) + (not stepped)
+        return steps % self.every == 0
 
 
-def _sum(places: list[Place], number: int, asked: dict[int, Tensor]) -> None:
+def _sum(present: list[Place], number: int, asked: dict[int, Tensor]) -> None:
     """Replaces the parts that are asked for by their sums over ranks, one collective per process group."""
     from torch import distributed as dist
 
-    ids = [id(place.param) for place in places]
+    ids = [id(place.param) for place in present]
     sums = {
         i: asked[i]
         if i in asked
         else torch.zeros(place.shapes[number], dtype=torch.float64, device=local(place.param).device)
-        for i, place in zip(ids, places)
+        for i, place in zip(ids, present)
     }
     # How many ranks have a gradient, as 0 or 1 on the way in.
     there = {i: sums[i].new_full((1,), float(i in asked)) for i in ids}
-    for process_group in dict.fromkeys(group for place in places for group in place.groups):
-        mine = [i for i, place in zip(ids, places) if process_group in place.groups]
+    for process_group in dict.fromkeys(group for place in present for group in place.groups):
+        mine = [i for i, place in zip(ids, present) if process_group in place.groups]
         pieces = [*(sums[i].reshape(-1) for i in mine), *(there[i] for i in mine)]
         together = torch.cat(pieces)
         dist.all_reduce(together, group=process_group)
@@ -126,7 +134,7 @@ def _sum(places: list[Place], number: int, asked: dict[int, Tensor]) -> None:
         found = together.split([len(piece) for piece in pieces])
         for i, total, count in zip(mine, found[: len(mine)], found[len(mine) :]):
             sums[i], there[i] = total.view(sums[i].shape), count / ranks
-        some = torch.cat([there[i] for i in mine])
+    for some in there.values():  # on all ranks alike: after the last collective none waits for another
         torch._assert_async(
             ((some == 0) | (some == 1)).all(),
             "a parameter whose groups lie on several ranks has a gradient on some of them only; all or none must",
@@ -150,22 +158,27 @@ def _shapes(rule: Rule, group: dict[str, Any], param: Any) -> list[torch.Size]:
             except StopIteration as end:
                 return end.value
 
-    alone(listed(rule.shrink(group["reg"], zero, scale, h, zero, Part(param))))
+    alone(listed(rule.shrink(group["reg"], zero, scale, h, zero, ShardExtent(param))))
     return shapes
 
 
-def _places(optimizer: SparseOptimizer) -> list[Place]:
-    """The order is the optimizer's, the same on all ranks; so is the order of the collectives."""
+def places(optimizer: SparseOptimizer) -> list[Place]:
+    """Of every parameter whose prox sums over ranks. The order is the optimizer's, the same on all ranks; so is the
+    order of the collectives."""
     key = [
-        (type(reg := group["reg"]), getattr(reg, "groups", 0), optimizer._rule(group).name, *map(id, group["params"]))
+        (
+            *(type(reg := group["reg"]), getattr(reg, "groups", 0), getattr(reg, "every", 1)),
+            optimizer._rule(group).name,
+            *((id(p), p.dtype) for p in group["params"]),
+        )
         for group in optimizer.param_groups
     ]
     if optimizer._cut is None or optimizer._cut[0] != key:
-        places = [
+        found = [
             Place(optimizer, group, param, along)
             for group in optimizer.param_groups
             for param in group["params"]
             if (along := cut_along(param, group["reg"], optimizer._rule(group)))
         ]
-        optimizer._cut = (key, places)
+        optimizer._cut = (key, found)
     return optimizer._cut[1]

@@ -7,7 +7,9 @@ not serve.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor
 from .. import _backend, reference
 from ._masks import in_memory_order, unpack
 from ._rule import Hyper, Rule
-from ._shards import cut_along, local
+from ._shards import cut_along, is_elsewhere, local
 
 if TYPE_CHECKING:
     from ._base import SparseOptimizer
@@ -75,6 +77,10 @@ class Bucket:
         """Number and counters of the next step."""
         more = self.rule.increments(group, step + 1)
         return step + 1, *(known + one for known, one in zip(counters, more))
+
+    def of(self, grads: list[Tensor]) -> list[Tensor]:
+        """Those of this bucket's parameters."""
+        return grads if len(grads) == len(self.index) else [grads[i] for i in self.index]
 
     def run(self, group: dict[str, Any], grads: list[Tensor], amp: Amp) -> None:
         """One step; nothing at all, the step count included, if `amp` says so."""
@@ -193,7 +199,8 @@ class FusedBucket(Bucket):
         self.kept = (flat_state, masks)  # the plan holds their addresses
         self.grouped = any(group_bits(reg, p) >= 0 for p in params)
         self.device_plan = self.plan.to(params[0].device)
-        self.odd = torch.tensor(-1, device="cpu")
+        self.odd = array("q", [-1])  # read without an op of torch, which could be a wait for a device
+        self.odd_tensor = torch.frombuffer(self.odd, dtype=torch.int64)
         self.none = torch.empty(0, dtype=torch.int32, device=params[0].device)
         self.item_counts: Tensor | None = None
 
@@ -213,10 +220,10 @@ class FusedBucket(Bucket):
             # Negative: a first step that is skipped counts nothing.
             self.item_counts = torch.full(size, -1, dtype=torch.int32, device=self.params[0].device)
         counts = self.none if self.item_counts is None else self.item_counts
-        tail = (self.odd, counts, self.kernels.kinds(self.rule, group["reg"]), scalars, live)
+        tail = (self.odd_tensor, counts, self.kernels.kinds(self.rule, group["reg"]), scalars, live)
         self.kernels.step(self.plan, self.device_plan, grads, *tail)
         # An index means that nothing changed yet: this gradient is laid out otherwise than its parameter.
-        while (odd := int(self.odd)) >= 0:
+        while (odd := self.odd[0]) >= 0:
             if grads[odd].stride() == self.params[odd].stride():
                 raise RuntimeError(f"the memory layout of parameter {self.index[odd]} changed since its plan was made")
             grads = list(grads)
@@ -286,17 +293,26 @@ def check_together(reg: Any, params: Sequence[Any], parts: int) -> None:
         )
 
 
+def pointers(params: Sequence[Any], sharded: bool) -> list[Any]:
+    """Where parameters lie; of a part without elements, which lies nowhere, the dtype tells when it has changed."""
+    if not sharded:
+        return [p.data_ptr() for p in params]
+    return [(local(p).data_ptr(), p.dtype) for p in params]
+
+
 class GroupPlan:
     """The buckets of one parameter group for one set of active parameters."""
 
     def __init__(self, optimizer: SparseOptimizer, group: dict[str, Any], active: Sequence[int]):
         rule, reg = optimizer._rule(group), group["reg"]
         params: list[Tensor] = group["params"]
-        self.pointers = [local(params[i]).data_ptr() for i in active]
+        self.pointers = pointers([params[i] for i in active], optimizer._sharded)
         self.buckets: list[Bucket] = []
         self.fits = False  # whether gradients were compared with the parameters
         split: dict[tuple[Any, ...], list[int]] = {}
         for position, i in enumerate(active):
+            if is_elsewhere(params[i]):
+                continue
             state = optimizer._init_state(params[i], group, rule)
             cut = bool(cut_along(params[i], reg, rule))
             kernels, why = (
@@ -312,7 +328,7 @@ class GroupPlan:
         if -1 in budgets(reg, params) and len(split) > 1:  # one prox, one bucket: in plain torch where any needs that
             served = {key[-1] for key in split}
             live, cut = (any(key[place] for key in split) for place in (-3, -2))
-            split = {(live, cut, None if None in served else served.pop()): list(range(len(active)))}
+            split = {(live, cut, None if None in served else served.pop()): sorted(chain(*split.values()))}
         for (*_, live, cut, kernels), positions in split.items():
             states = [optimizer.state[params[active[k]]] for k in positions]
             chosen = [local(params[active[k]]) for k in positions]
@@ -330,8 +346,5 @@ class GroupPlan:
         return all(bucket.is_current() for bucket in self.buckets)
 
     def run(self, group: dict[str, Any], grads: list[Tensor], amp: Amp) -> None:
-        if len(self.buckets) == 1:
-            self.buckets[0].run(group, grads, amp)
-            return
         for bucket in self.buckets:
-            bucket.run(group, [grads[i] for i in bucket.index], amp)
+            bucket.run(group, bucket.of(grads), amp)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..regularizers._rounds import Rounds, Whole
+from ..regularizers._rounds import Extent, Rounds
 
 State = dict[str, Tensor]
 Hyper = dict[str, Any]  # floats, or 0-dim tensors where an option or the step count is one
@@ -72,10 +72,10 @@ class Rule:
         """Update the state in place and return the pre-prox point and its prox scale."""
         raise NotImplementedError
 
-    def shrink(self, reg: Any, z: Tensor, scale: Any, h: Hyper, param: Tensor, whole: Whole) -> Rounds[Tensor]:
+    def shrink(self, reg: Any, z: Tensor, scale: Any, h: Hyper, param: Tensor, extent: Extent) -> Rounds[Tensor]:
         """The prox point, from the parameter before the step, too, of the part that is here. Anything else than the
         prox asks for kernels of its own."""
-        return (yield from reg.prox_in_rounds(z, scale, whole))
+        return (yield from reg.prox_in_rounds(z, scale, extent))
 
     def finish(self, q: Tensor, param: Tensor, state: State, h: Hyper) -> Tensor:
         """The new parameter from the prox point."""

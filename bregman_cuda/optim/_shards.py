@@ -12,13 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..regularizers._rounds import Whole
+from ..regularizers._rounds import Extent
 from ._rule import Rule
 
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether this is a DTensor, however many ranks there are."""
     return hasattr(tensor, "_local_tensor")
+
+
+def is_elsewhere(tensor: Any) -> bool:
+    """Whether this rank is outside of the mesh of a DTensor: it has no part in it, and nothing to do."""
+    return is_sharded(tensor) and tensor.device_mesh.get_coordinate() is None
 
 
 def local(tensor: Any) -> Any:
@@ -77,8 +82,8 @@ def _cut_along(param: Any, reg: Any, rule: Rule | None = None) -> tuple[int, ...
     return tuple(along)
 
 
-class Part(Whole):
-    """Where this rank's part of a DTensor lies in it."""
+class ShardExtent(Extent):
+    """Of this rank's part of a DTensor."""
 
     def __init__(self, param: Any):
         super().__init__(param.shape)
@@ -88,27 +93,30 @@ class Part(Whole):
     def spread(self, part: Tensor, dims: Sequence[int] | None = None) -> Tensor:
         shape = [n if dims is None or d in dims else 1 for d, n in enumerate(self.shape)]
         whole = torch.zeros(math.prod(shape), dtype=torch.float64, device=part.device)
-        whole[self._places(dims).flatten()] = part.double().flatten()
+        whole[self._numbers(dims).flatten()] = part.double().flatten()
         return whole.view(shape)
 
     def part(self, whole: Tensor, dims: Sequence[int] | None = None) -> Tensor:
-        return whole.flatten()[self._places(dims)]
+        return whole.flatten()[self._numbers(dims)]
 
-    def _places(self, dims: Sequence[int] | None) -> Tensor:
-        """Which of the elements (of the groups) of the whole are here: numbers, in the shape of the part."""
-        if dims not in self.known:
-            from torch.distributed.tensor import DTensor, Replicate
+    def _numbers(self, dims: Sequence[int] | None) -> Tensor:
+        """Which of the elements (of the groups) of the whole are here, in the shape of the part."""
+        if dims in self.known:
+            return self.known[dims]
+        from torch.distributed.tensor import DTensor, Replicate
 
-            mesh, ndim = self.param.device_mesh, len(self.shape)
-            shape = [n if dims is None or d in dims else 1 for d, n in enumerate(self.shape)]
-            numbers = torch.arange(math.prod(shape), device=local(self.param).device).view(shape)
-            kept = [
-                p if (d := getattr(p, "dim", None)) is not None and (dims is None or d % ndim in dims) else Replicate()
-                for p in self.param.placements
-            ]
-            whole = DTensor.from_local(numbers, mesh, [Replicate()] * mesh.ndim, run_check=False)
-            self.known[dims] = local(whole.redistribute(placements=kept))
-        return self.known[dims]
+        mesh, ndim = self.param.device_mesh, len(self.shape)
+        shape = [n if dims is None or d in dims else 1 for d, n in enumerate(self.shape)]
+        numbers = torch.arange(math.prod(shape), device=local(self.param).device).view(shape)
+        kept = [
+            p if (d := getattr(p, "dim", None)) is not None and (dims is None or d % ndim in dims) else Replicate()
+            for p in self.param.placements
+        ]
+        whole = DTensor.from_local(numbers, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        here = local(whole.redistribute(placements=kept))
+        if dims is not None:  # those of elements are as large as the part
+            self.known[dims] = here
+        return here
 
 
 def why_refused(param: Any, reg: Any, rule: Rule, capturable: bool) -> str:

@@ -73,7 +73,7 @@ def traced_step(optimizer: SparseOptimizer) -> None:
 
     Raises:
         RuntimeError: fused=False, which has nothing to gain; check_finite, or a GradScaler, whose decisions from the
-            values of gradients cannot be compiled in; groups that shards cut.
+            values of gradients cannot be compiled in; a prox that sums over ranks.
     """
     if getattr(optimizer, "found_inf", None) is not None or getattr(optimizer, "grad_scale", None) is not None:
         raise RuntimeError("a compiled step cannot skip on overflow: call scaler.step(optimizer) outside torch.compile")

@@ -14,10 +14,10 @@ from .._backend import why_no_half_space
 from .._math import number_like
 from ..regularizers import Regularizer
 from ..regularizers._base import check_number
-from ..regularizers._rounds import Rounds, Whole
+from ..regularizers._rounds import Extent, Rounds
 from ._base import SparseOptimizer, is_capturing
 from ._rule import Hyper, Rule, State, number
-from ._shards import gathered
+from ._shards import gathered, is_elsewhere
 from .linbreg import check_momentum
 from .proxsgd import ProxSGDMomentumRule
 
@@ -38,11 +38,13 @@ class HalfSpaceRule(Rule):
         buffer.copy_(buffer * h["momentum"] + grad)
         return param - buffer * h["lr"], param
 
-    def shrink(self, reg: Regularizer, z: Tensor, scale: Any, h: Hyper, param: Tensor, whole: Whole) -> Rounds[Tensor]:
-        return (yield from half_space_step(reg, z, scale, h["lr"], h["epsilon"], whole))
+    def shrink(
+        self, reg: Regularizer, z: Tensor, scale: Any, h: Hyper, param: Tensor, extent: Extent
+    ) -> Rounds[Tensor]:
+        return (yield from half_space_step(reg, z, scale, h["lr"], h["epsilon"], extent))
 
 
-def half_space_step(reg: Regularizer, z: Tensor, p: Tensor, lr: Any, epsilon: Any, whole: Whole) -> Rounds[Tensor]:
+def half_space_step(reg: Regularizer, z: Tensor, p: Tensor, lr: Any, epsilon: Any, extent: Extent) -> Rounds[Tensor]:
     """x = z - lr * (subgradient of J at p), and zero for every group with <x, p> < epsilon ||p||^2, or p zero there.
 
     The twin of csrc/math/half_space.h where J is a function of group norms whose slope is a line.
@@ -50,7 +52,7 @@ def half_space_step(reg: Regularizer, z: Tensor, p: Tensor, lr: Any, epsilon: An
     Args:
         z, p: fp32 or fp64 of one shape: the point after the gradient step, and the parameter before it.
     """
-    dims = reg.groups_of(whole.shape)
+    dims = reg.groups_of(extent.shape)
     assert dims is not None
     reduced = [d for d in range(p.ndim) if d not in dims]
     line = None if reg.radial is None else reg.radial.line(p.dtype)
@@ -60,15 +62,15 @@ def half_space_step(reg: Regularizer, z: Tensor, p: Tensor, lr: Any, epsilon: An
         return x.sum(reduced, keepdim=True) if reduced else x
 
     if line is None:
-        [total] = yield [whole.spread(product(p), dims)]
-        squares, pull = whole.part(total, dims), whole.part(reg._pull(total, whole.shape, p.dtype), dims)
+        [total] = yield [extent.spread(product(p), dims)]
+        squares, pull = extent.part(total, dims), extent.part(reg._pull(total, extent.shape, p.dtype), dims)
         x = z - p * pull * lr
-        [total] = yield [whole.spread(product(x), dims)]
-        left = whole.part(total, dims) < epsilon * squares
+        [total] = yield [extent.spread(product(x), dims)]
+        left = extent.part(total, dims) < epsilon * squares
         return torch.where((squares == 0) | left, z - z, x)
     [total] = yield [torch.stack([product(p), product(z)])]
     squares, along = total
-    weight = number_like(reg.group_weight(whole.shape) if math.prod(whole.shape) else 1.0, p)
+    weight = number_like(reg.group_weight(extent.shape) if math.prod(extent.shape) else 1.0, p)
     level, bend = (number_like(v, p) * weight for v in line)
     norms, lr, epsilon = squares.sqrt(), *(number_like(v, p) for v in (lr, epsilon))
     slope = level.double() - bend.double() * norms
@@ -230,7 +232,7 @@ class HSPG(SparseOptimizer):
         for group in groups:
             most = _most(group) if k is None else k
             for param in group["params"]:
-                if not param.numel():
+                if not param.numel() or is_elsewhere(param):
                     continue
                 norms = group["reg"].group_norms(gathered(param.detach()).to(reference.state_dtype(param)))
                 first = norms.flatten().argsort(descending=True, stable=True)[:most]  # ties: the same on every device

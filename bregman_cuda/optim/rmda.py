@@ -11,7 +11,7 @@ from torch import Tensor
 from .._math import cube_root
 from ..regularizers import Regularizer
 from ..regularizers._base import check_number
-from ..regularizers._rounds import Rounds, Whole
+from ..regularizers._rounds import Extent, Rounds
 from ._base import SparseOptimizer
 from ._inexact import proximal_gradient
 from ._rule import Hyper, Rule, State, number
@@ -130,13 +130,15 @@ class InexactRAMDARule(RAMDARule):
     def asks_for_all(self, reg: Any) -> bool:
         return reg is not None and (reg.radial is not None or bool(reg.whole))
 
-    def shrink(self, reg: Regularizer, z: Tensor, scale: Any, h: Hyper, param: Tensor, whole: Whole) -> Rounds[Tensor]:
+    def shrink(
+        self, reg: Regularizer, z: Tensor, scale: Any, h: Hyper, param: Tensor, extent: Extent
+    ) -> Rounds[Tensor]:
         everything = self.asks_for_all(reg)  # where the iteration ends depends on all groups
         if everything:
-            [total] = yield [torch.stack([whole.spread(t) for t in (z, scale, param)])]
+            [total] = yield [torch.stack([extent.spread(t) for t in (z, scale, param)])]
             z, scale, param = total.to(z.dtype)
         q = proximal_gradient(reg, z, scale, h["alpha"], param, int(h["max_iters"]), h["rtol"])
-        return whole.part(q) if everything else q
+        return extent.part(q) if everything else q
 
     def finish(self, q: Tensor, param: Tensor, state: State, h: Hyper) -> Tensor:
         state["point"].copy_(q)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .._math import number_like
-from ._rounds import Rounds, Whole, alone
+from ._rounds import Extent, Rounds, alone
 from ._weighted import weighted_group_prox
 
 Step = Union[float, Tensor]
@@ -133,8 +133,13 @@ class Regularizer:
         """
 
     def prox_together(self, points: Sequence[Tensor], step: Step) -> list[Tensor]:
-        """The prox of all tensors of a parameter group; of each by itself unless they share a budget."""
-        return alone(self.together_in_rounds(points, step, [Whole(x.shape) for x in points]))
+        """The prox of all tensors of a parameter group; of each by itself unless they share a budget.
+
+        Args:
+            points: tensors of any shapes and of one device.
+            step: a number or a 0-dim tensor, the same for all.
+        """
+        return alone(self._together(points, step, [Extent(x.shape) for x in points])) if points else []
 
     def group_norms(self, x: Tensor) -> Tensor:
         """Euclidean norm of every group, with the reduced dimensions kept at size 1. Sums run in float64."""
@@ -167,7 +172,7 @@ class Regularizer:
         self.check_tensors()
         if torch.is_tensor(factor := self.nan_or_one()):
             x = x * factor.to(x.dtype)
-        return alone(self._prox(x, step, Whole(x.shape)))
+        return alone(self._prox(x, step, Extent(x.shape)))
 
     def _per_element(self, x: Tensor, step: Step) -> bool:
         """Whether there is a step size for each element; refused where that prox is not known."""
@@ -249,30 +254,45 @@ class Regularizer:
             raise ValueError(f"unknown regularizer {name!r}; known: {', '.join(sorted(known))}")
         return known[name](**values)
 
-    def prox_in_rounds(self, x: Tensor, step: Step, whole: Whole) -> Rounds[Tensor]:
-        """`prox` of a part of a tensor. A subclass with a `prox` of its own gets all of it."""
-        if type(self).prox is Regularizer.prox:
-            return (yield from self._prox(x, step, whole))
-        [total] = yield [whole.spread(x)]
-        return whole.part(self.prox(total.to(x.dtype), step))
+    def prox_in_rounds(self, x: Tensor, step: Step, extent: Extent) -> Rounds[Tensor]:
+        """`prox` of a part of a tensor.
 
-    def _prox(self, x: Tensor, step: Step, whole: Whole) -> Rounds[Tensor]:
+        A subclass with a `prox` of its own gets all that the ranks hold of the groups here: all of the tensor if it
+        says that it needs the `whole`.
+        """
+        if type(self).prox is Regularizer.prox:
+            return (yield from self._prox(x, step, extent))
+        parts = [x, step] if torch.is_tensor(step) and step.shape == x.shape else [x]
+        [total] = yield [torch.stack([extent.spread(part) for part in parts])]
+        point, *scales = total.to(x.dtype)
+        return extent.part(self.prox(point, *scales or [step]))
+
+    def _prox(self, x: Tensor, step: Step, extent: Extent) -> Rounds[Tensor]:
         scale = number_like(step, x)
         if self.elementwise is not None:
             x = self.elementwise._scalar_prox(x, scale)
         if self.radial is None:
             return x
-        weight = self.group_weight(whole.shape) if math.prod(whole.shape) else 1.0
+        weight = self.group_weight(extent.shape) if math.prod(extent.shape) else 1.0
         if self._per_element(x, step):
-            return (yield from weighted_group_prox(x, scale, self.radial, weight, self._reduced(whole.shape)))
-        [squares] = yield [self._group_squares(x, whole.shape)]
+            return (yield from weighted_group_prox(x, scale, self.radial, weight, self._reduced(extent.shape)))
+        [squares] = yield [self._group_squares(x, extent.shape)]
         return x * self._radial_factor(squares.sqrt().to(x.dtype), scale * weight) if x.numel() else x
 
-    def together_in_rounds(self, points: Sequence[Tensor], step: Step, wholes: Sequence[Whole]) -> Rounds[list[Tensor]]:
-        """`prox_together` of parts."""
+    def together_in_rounds(
+        self, points: Sequence[Tensor], step: Step, extents: Sequence[Extent]
+    ) -> Rounds[list[Tensor]]:
+        """`prox_together` of parts; of all tensors where a subclass has its own."""
+        if type(self).prox_together is Regularizer.prox_together:
+            return (yield from self._together(points, step, extents))
+        totals = yield [extent.spread(x) for x, extent in zip(points, extents)]
+        results = self.prox_together([total.to(x.dtype) for total, x in zip(totals, points)], step)
+        return [extent.part(result) for result, extent in zip(results, extents)]
+
+    def _together(self, points: Sequence[Tensor], step: Step, extents: Sequence[Extent]) -> Rounds[list[Tensor]]:
         results = []
-        for x, whole in zip(points, wholes):
-            results.append((yield from self.prox_in_rounds(x, step, whole)))
+        for x, extent in zip(points, extents):
+            results.append((yield from self.prox_in_rounds(x, step, extent)))
         return results
 
     def _reduced(self, shape: Sequence[int]) -> list[int]:

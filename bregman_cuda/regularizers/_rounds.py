@@ -1,7 +1,7 @@
 """Computations in rounds, on parts of tensors that may lie on several ranks.
 
 What they need of the other parts they ask for as sums: a generator yields what this part adds to each, tensors in
-float64, and is sent the sums.
+float64, and is sent the sums. All ranks ask as often, for the same shapes: neither depends on values.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ T = TypeVar("T")
 Rounds = Generator[list[Tensor], list[Tensor], T]
 
 
-class Whole:
-    """Where a part lies in its tensor, of which it is all."""
+class Extent:
+    """Where a part lies in its tensor: here it is all of it."""
 
     def __init__(self, shape: Sequence[int]):
         self.shape = tuple(shape)
@@ -31,7 +31,7 @@ class Whole:
 
 
 def alone(rounds: Rounds[T]) -> T:
-    """The result of a computation whose parts are wholes: every sum is what it asks for."""
+    """The result of a computation whose parts are extents: every sum is what it asks for."""
     try:
         asked = next(rounds)
         while True:

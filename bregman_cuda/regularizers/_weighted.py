@@ -21,7 +21,7 @@ def weighted_group_prox(x: Tensor, scale: Tensor, radial: Any, weight: float, re
     Args:
         x: fp32 or fp64 of any shape.
         scale: of x's shape and dtype, >= 0; 0 leaves an element alone.
-        radial: the penalty phi, which has a `line` or is `curved`.
+        radial: the penalty phi, which has a `line` or a `curve`.
         reduced: the dimensions within a group; none if every element is a group.
     """
     if not reduced:
@@ -70,7 +70,7 @@ def _line_rho(
 def _curve_rho(
     x: Tensor, scale: Tensor, kept: Tensor, radial: Any, weight: Tensor, reduced: list[int]
 ) -> Rounds[Tensor]:
-    """rho of a `curved` penalty: a critical point's that beats zero, or infinity."""
+    """rho of a penalty with a `curve`: a critical point's that beats zero, or infinity."""
     double = x.dtype == torch.float64
 
     def curve(squares: Tensor) -> list[Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._math import number_like
 from ._base import Grouped, Regularizer, Step, check_number
-from ._rounds import Rounds, Whole
+from ._rounds import Extent, Rounds
 
 _INFINITE = 1e300  # stands for an infinite norm in the sums below, so that no inf - inf or inf / inf arises
 
@@ -109,42 +109,31 @@ class GroupEnvelope(Grouped):
         stretch = self._stretch(self.group_norms(x.detach().double()), x.shape)
         return 0.5 * (self.lam * x.double().square() * stretch).sum().to(x.dtype)
 
-    def prox_together(self, points: Sequence[Tensor], step: float | Tensor) -> list[Tensor]:
-        """The prox of each tensor with a k of its own, or with one k for all of them (scope="all").
-
-        Args:
-            points: tensors of any shapes and of one device.
-            step: a number or a 0-dim tensor, the same for all.
-        """
-        return super().prox_together(points, step)
-
-    def _prox(self, x: Tensor, step: Step, whole: Whole) -> Rounds[Tensor]:
-        [result] = yield from self._prox_of_all([x], step, [whole])
+    def _prox(self, x: Tensor, step: Step, extent: Extent) -> Rounds[Tensor]:
+        [result] = yield from self._prox_of_all([x], step, [extent])
         return result
 
-    def together_in_rounds(self, points: Sequence[Tensor], step: Step, wholes: Sequence[Whole]) -> Rounds[list[Tensor]]:
-        together = self._prox_of_all if self.scope == "all" else super().together_in_rounds
-        return (yield from together(points, step, wholes))
+    def _together(self, points: Sequence[Tensor], step: Step, extents: Sequence[Extent]) -> Rounds[list[Tensor]]:
+        together = self._prox_of_all if self.scope == "all" else super()._together
+        return (yield from together(points, step, extents))
 
-    def _prox_of_all(self, points: Sequence[Tensor], step: Step, wholes: Sequence[Whole]) -> Rounds[list[Tensor]]:
-        if not points:
-            return []
-        dims = [self.groups_of(whole.shape) for whole in wholes]
-        parts = [self._group_squares(x, whole.shape) for x, whole in zip(points, wholes)]
-        sums = yield [whole.spread(part, d) for part, whole, d in zip(parts, wholes, dims)]
+    def _prox_of_all(self, points: Sequence[Tensor], step: Step, extents: Sequence[Extent]) -> Rounds[list[Tensor]]:
+        dims = [self.groups_of(extent.shape) for extent in extents]
+        parts = [self._group_squares(x, extent.shape) for x, extent in zip(points, extents)]
+        sums = yield [extent.spread(part, d) for part, extent, d in zip(parts, extents, dims)]
         norms = [squares.sqrt() for squares in sums]
         decays = []
-        for x, norm, whole in zip(points, norms, wholes):
+        for x, norm, extent in zip(points, norms, extents):
             scale = number_like(step, x, torch.float64) * self.lam
-            decay = (scale * self._weights(whole.shape, norm)).clamp_max(_INFINITE) if norm.numel() else norm
+            decay = (scale * self._weights(extent.shape, norm)).clamp_max(_INFINITE) if norm.numel() else norm
             decays.append(decay.expand_as(norm))
         norm, decay = (torch.cat([x.flatten() for x in several]) for several in (norms, decays))
         share = _shares(_finite(norm), decay, self.k) if len(norm) else norm
         factor = torch.where(decay == 0, torch.ones_like(share), share / (share + decay))
         factors = torch.where(norm.isnan(), norm, factor).split([x.numel() for x in norms])
         return [
-            x * whole.part(f.view_as(n), d).to(x.dtype) if x.numel() else x
-            for x, f, n, whole, d in zip(points, factors, norms, wholes, dims)
+            x * extent.part(f.view_as(n), d).to(x.dtype) if x.numel() else x
+            for x, f, n, extent, d in zip(points, factors, norms, extents, dims)
         ]
 
     def subgradient(self, x: Tensor) -> Tensor:

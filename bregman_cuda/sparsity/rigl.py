@@ -37,7 +37,8 @@ class RigL:
     works by ``scaler.step(rigl)``, and ``scaler.unscale_(rigl)``; schedulers take the optimizer. Under DDP every rank
     must draw the same masks: give each a generator of the same seed. A sharded weight (DTensor) has the mask that its
     mesh's first rank draws, and is gathered with its gradient when its mask changes, one at a time; all ranks call
-    `step` and `state_dict` together.
+    `step` and `state_dict` together, and under a GradScaler all have to skip the same steps (torch's scaler asks the
+    ranks that share the first gradient).
 
     Args:
         model: a module, whose Linear, convolution and attention weights are masked (those of `param_groups`), or
@@ -210,8 +211,12 @@ class RigL:
 
         def mask_gradients() -> None:
             for weight, mask in zip(self.weights, masks):
-                if weight.grad is not None:
-                    local(weight.grad).masked_fill_(~local(mask), 0)
+                grad: Any = weight.grad
+                if grad is None:
+                    continue
+                if is_sharded(grad) and grad.placements != (wanted := getattr(weight, "placements", None)):
+                    weight.grad = grad = grad.redistribute(placements=wanted)
+                local(grad).masked_fill_(~local(mask), 0)
 
         def masked_closure() -> Any:
             assert closure is not None
