@@ -270,17 +270,6 @@ def test_opcheck_passes_on_every_op(sample, kernel_driver):
         torch.library.opcheck(op, calls[name])
 
 
-@pytest.mark.parametrize("reg", [*registry.PENALTIES, "envelope"])
-def test_a_prox_of_its_own_compiles(reg):
-    """In one graph, generators and all, with one step size and with one for each element."""
-    penalty = GroupEnvelope(0.1, 2) if reg == "envelope" else registry.PENALTIES[reg](0.1)
-    x = torch.randn(6, 5, 3)
-    for step in [0.3] if reg == "envelope" or penalty.why_not_weighted() else [0.3, torch.rand(6, 5, 3)]:
-        torch._dynamo.reset()
-        found = torch.compile(penalty.prox, backend="aot_eager", fullgraph=True)(x, step)
-        torch.testing.assert_close(found, penalty.prox(x, step), rtol=1e-5, atol=1e-6)
-
-
 MUTATIONS = {  # and a sample that makes each of them
     ("step", "device_plan"): "shared_budget",
     ("step", "odd"): "other_layout",
