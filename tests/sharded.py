@@ -245,7 +245,7 @@ def worker(rank: int, world: int, folder: str) -> None:
     from torch.distributed.tensor import DTensor, Replicate
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-    join(rank, world, f"{folder}/workers")
+    join(rank, world, f"{folder}/meeting")
     places = layouts(world)
     mesh = places["rows"][0]
     size = len(batches()[0][0]) // world
@@ -586,7 +586,7 @@ def resumer(rank: int, world: int, folder: str, *sources: str) -> None:
     """Loads what other numbers of ranks saved after three steps, and continues."""
     import torch.distributed as dist
 
-    join(rank, world, f"{folder}/resumers")
+    join(rank, world, f"{folder}/meeting")
     mesh = layouts(world)["rows"][0]
     size = len(batches()[0][0]) // world
     results = {}
