@@ -1,5 +1,7 @@
 """A few steps of every rule, grouping and dtype on a GPU, small enough for compute-sanitizer (see device.sh).
 
+    python benchmarks/sanitize.py [PART PARTS]      all cases, or every PARTS-th from case PART on
+
 Shapes and layouts are those where kernels go wrong: odd lengths, misaligned views, many tiny tensors, a group larger
 than shared memory, channels_last, masks. The result is compared with the reference on the CPU.
 """
@@ -44,17 +46,18 @@ def steps(new: Any, reg: Any, dtype: torch.dtype, fused: bool) -> list[Tensor]:
 
 def main() -> int:
     wrong = 0
+    part, parts = map(int, sys.argv[1:] or (0, 1))
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    for (title, new), (penalty, reg), dtype in itertools.product(OURS.items(), PENALTIES.items(), dtypes):
-        if not takes(title, penalty):
-            continue
+    cases = itertools.product(OURS.items(), PENALTIES.items(), dtypes)
+    known = [case for case in cases if takes(case[0][0], case[1][0])]
+    for (title, new), (penalty, reg), dtype in known[part::parts]:
         # The order of a sum over a group is the kernel's own.
         tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 1e-2)
         for a, b in zip(steps(new, reg, dtype, True), steps(new, reg, dtype, False), strict=True):
             if not torch.allclose(a, b, rtol=tolerance, atol=tolerance):
                 wrong += 1
                 print(f"{title}, {penalty}, {dtype}, {tuple(a.shape)}: off by {(a - b).abs().max():.3g}")
-    print(f"{DEVICE}, bregman_cuda {bc.build_info()['version']}: {wrong} tensors differ")
+    print(f"{DEVICE}, part {part} of {parts}, bregman_cuda {bc.build_info()['version']}: {wrong} tensors differ")
     return min(wrong, 1)
 
 

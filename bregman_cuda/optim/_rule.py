@@ -75,7 +75,7 @@ class Rule:
     def shrink(self, reg: Any, z: Tensor, scale: Any, h: Hyper, param: Tensor, extent: Extent) -> Rounds[Tensor]:
         """The prox point, from the parameter before the step, too, of the part that is here. Anything else than the
         prox asks for kernels of its own."""
-        return (yield from reg.prox_in_rounds(z, scale, extent))
+        return (yield from reg.prox_in_rounds(z, scale, extent, param))
 
     def finish(self, q: Tensor, param: Tensor, state: State, h: Hyper) -> Tensor:
         """The new parameter from the prox point."""

@@ -254,20 +254,20 @@ class Regularizer:
             raise ValueError(f"unknown regularizer {name!r}; known: {', '.join(sorted(known))}")
         return known[name](**values)
 
-    def prox_in_rounds(self, x: Tensor, step: Step, extent: Extent) -> Rounds[Tensor]:
-        """`prox` of a part of a tensor.
+    def prox_in_rounds(self, x: Tensor, step: Step, extent: Extent, near: Tensor | None = None) -> Rounds[Tensor]:
+        """`prox` of a part of a tensor. `near`, of x's shape, is a guess at it where it has to be searched.
 
         A subclass with a `prox` of its own gets all that the ranks hold of the groups here: all of the tensor if it
         says that it needs the `whole`.
         """
         if type(self).prox is Regularizer.prox:
-            return (yield from self._prox(x, step, extent))
+            return (yield from self._prox(x, step, extent, near))
         parts = [x, step] if torch.is_tensor(step) and step.shape == x.shape else [x]
         [total] = yield [torch.stack([extent.spread(part) for part in parts])]
         point, *scales = total.to(x.dtype)
         return extent.part(self.prox(point, *scales or [step]))
 
-    def _prox(self, x: Tensor, step: Step, extent: Extent) -> Rounds[Tensor]:
+    def _prox(self, x: Tensor, step: Step, extent: Extent, near: Tensor | None = None) -> Rounds[Tensor]:
         scale = number_like(step, x)
         if self.elementwise is not None:
             x = self.elementwise._scalar_prox(x, scale)
@@ -275,7 +275,8 @@ class Regularizer:
             return x
         weight = self.group_weight(extent.shape) if math.prod(extent.shape) else 1.0
         if self._per_element(x, step):
-            return (yield from weighted_group_prox(x, scale, self.radial, weight, self._reduced(extent.shape)))
+            reduced = self._reduced(extent.shape)
+            return (yield from weighted_group_prox(x, scale, self.radial, weight, reduced, near))
         [squares] = yield [self._group_squares(x, extent.shape)]
         return x * self._radial_factor(squares.sqrt().to(x.dtype), scale * weight) if x.numel() else x
 

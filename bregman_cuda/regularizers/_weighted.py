@@ -12,7 +12,9 @@ from .._math import number_like
 from ._rounds import Rounds
 
 
-def weighted_group_prox(x: Tensor, scale: Tensor, radial: Any, weight: float, reduced: list[int]) -> Rounds[Tensor]:
+def weighted_group_prox(
+    x: Tensor, scale: Tensor, radial: Any, weight: float, reduced: list[int], near: Tensor | None = None
+) -> Rounds[Tensor]:
     """argmin_z  weight phi(||z||) + sum_i (z_i - x_i)^2 / (2 scale_i)  for each group.
 
     Other than zero, z_i = x_i / (1 + rho scale_i) with rho = weight phi'(t) / t and t = ||z||. A fixed number of steps
@@ -23,48 +25,53 @@ def weighted_group_prox(x: Tensor, scale: Tensor, radial: Any, weight: float, re
         scale: of x's shape and dtype, >= 0; 0 leaves an element alone.
         radial: the penalty phi, which has a `line` or a `curve`.
         reduced: the dimensions within a group; none if every element is a group.
+        near: a point near the result, of x's shape and dtype; the search for norms begins at its norms.
     """
     if not reduced:
-        wider = yield from weighted_group_prox(x.unsqueeze(-1), scale.unsqueeze(-1), radial, weight, [x.dim()])
+        wider = yield from weighted_group_prox(
+            *(x.unsqueeze(-1), scale.unsqueeze(-1), radial, weight, [x.dim()]),
+            near=None if near is None else near.unsqueeze(-1),
+        )
         return wider.squeeze(-1)
-    least = 1e-75 if x.dtype == torch.float64 else 1e-30
-    kept = torch.where(scale < least, least, scale)
+    kept = _positive(scale)
     if (line := radial.line(x.dtype)) is None:
         rho = yield from _curve_rho(x, scale, kept, radial, number_like(weight, x).double(), reduced)
     else:
         level, slope = (number_like(value, x) * weight for value in line)
-        rho = yield from _line_rho(x, scale, kept, level, slope, reduced)
+        rho = yield from _line_rho(x, scale, near, level, slope, reduced)
     return x / (1 + rho * kept)
 
 
 def _line_rho(
-    x: Tensor, scale: Tensor, kept: Tensor, level: Tensor, slope: Tensor, reduced: list[int]
+    x: Tensor, scale: Tensor, near: Tensor | None, level: Tensor, slope: Tensor, reduced: list[int]
 ) -> Rounds[Tensor]:
     """rho where phi'(t) = level - slope t: infinite if and only if ||x / scale|| <= level."""
     double = x.dtype == torch.float64
-
-    def bent(scale: Tensor) -> Tensor:
-        rest = 1 - slope * scale
-        return torch.where(rest < 2.0**-7, 2.0**-7, rest)
-
-    a, b = yield from _sums(x / kept, bent(kept) / kept, reduced)
-    norm, wide = a.sqrt(), level.double()
-    t = a * (norm - wide) / b
-    t = torch.where(norm <= wide, 0.0, torch.where(norm - norm != 0, norm, t))
-    for _ in range(6 if double else 5):
-        rest = bent(scale)
-        t = t.to(x.dtype).double()
-        q = 1 / (t.to(x.dtype) * rest + level * scale)
+    rest = 1 - slope * scale
+    rest = torch.where(rest < 2.0**-7, 2.0**-7, rest)
+    if near is None:
+        t = x.new_zeros([1 if d in reduced else n for d, n in enumerate(x.shape)], dtype=torch.float64)
+    else:
+        [squares] = yield [near.double().square().sum(reduced, keepdim=True)]
+        t = squares.sqrt().to(x.dtype).double()
+        t = torch.where(t - t == 0, t, 0.0)
+    settled = torch.zeros_like(t, dtype=torch.bool)
+    for _ in range(8 if double else 7):
+        before = t.to(x.dtype).double()
+        q = 1 / _positive(before.to(x.dtype) * rest + level * scale)
         a, b = yield from _sums(x * q, q * rest, reduced)
-        after = t + a * (a.sqrt() - 1) / b
-        exponent = _rough_log2(a.float()) * (a / (2 * t * b)).float()
-        far = t * _rough_exp2(torch.where(exponent < 60, exponent, 60)).double()
+        after = before + a * (a.sqrt() - 1) / b
+        exponent = _rough_log2(a.float()) * (a / (2 * before * b)).float()
+        far = before * _rough_exp2(torch.where(exponent < 60, exponent, 60)).double()
         far = torch.where(far < 1e12 * after, far, 1e12 * after)
-        after = torch.where((a > 1) & (far > 4 * after), (after * far).sqrt(), after)
-        t = torch.where((t > 0) & (t - t == 0), after, t)
-    rho = wide / t - slope.double()
-    rho = torch.where(rho < 0, 0.0, rho)
-    return torch.where((wide == 0) & (t == 0), 0.0, rho).to(x.dtype)
+        jumps = (a.sqrt() > 1) & (before > 0) & (far > 4 * after)
+        after = torch.where(jumps, (after * far).sqrt(), torch.where(after > 0, after, 0.0))
+        after = torch.where((a - a != 0) | (a == 0), a, after)
+        t = torch.where(settled, t, after)
+        short = ~((after - before).abs() > (2.0**-27 if double else 2.0**-13) * before)
+        settled = settled | short | (after - after != 0)
+    rho = torch.where(level == 0, 0.0, level.double() / t) - slope.double()
+    return torch.where(rho < 0, 0.0, rho).to(x.dtype)
 
 
 def _curve_rho(
@@ -94,6 +101,11 @@ def _curve_rho(
     a, b = yield from _sums(x * q, 1 / torch.where(wide < 1e-300, 1e-300, wide), reduced)
     value = curve(a)[1]
     return torch.where((value > 0) & (value >= 0.5 * b + rho.double() * a), math.inf, rho)
+
+
+def _positive(scale: Tensor) -> Tensor:
+    least = 1e-75 if scale.dtype == torch.float64 else 1e-30
+    return torch.where(scale < least, least, scale)
 
 
 def _sums(part: Tensor, other: Tensor, reduced: list[int]) -> Rounds[Tensor]:

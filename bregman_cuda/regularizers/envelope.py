@@ -109,7 +109,7 @@ class GroupEnvelope(Grouped):
         stretch = self._stretch(self.group_norms(x.detach().double()), x.shape)
         return 0.5 * (self.lam * x.double().square() * stretch).sum().to(x.dtype)
 
-    def _prox(self, x: Tensor, step: Step, extent: Extent) -> Rounds[Tensor]:
+    def _prox(self, x: Tensor, step: Step, extent: Extent, near: Tensor | None = None) -> Rounds[Tensor]:
         [result] = yield from self._prox_of_all([x], step, [extent])
         return result
 

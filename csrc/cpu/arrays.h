@@ -52,9 +52,12 @@ struct Arrays {
     if constexpr (kSlots > 1 && Rule::kFixedSlots <= 1) slot1[i] = s[1];
     if constexpr (kSlots > 2 && Rule::kFixedSlots <= 2) slot2[i] = s[2];
   }
-  BREGMAN_HD C load_param(int64_t i) const {
+  BREGMAN_HD C old_param(int64_t i) const {
     if constexpr (kMaster) return master[i];
-    if constexpr (Rule::kReadsParam) return widen(param[i]);
+    return widen(param[i]);
+  }
+  BREGMAN_HD C load_param(int64_t i) const {  // what a rule reads
+    if constexpr (Rule::kReadsParam) return old_param(i);
     return C(0);
   }
   BREGMAN_HD bool store_param(int64_t i, C value) const {

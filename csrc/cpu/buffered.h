@@ -123,77 +123,45 @@ BREGMAN_LOOP void add_squares(const Matrix<C> m, double* __restrict__ sums) {
   }
 }
 
+// What pairs of sums are made of: of points, their scales, and a number per column.
 template <class C>
-BREGMAN_LOOP void add_start(const Matrix<C> m, const Line<C> line, double* __restrict__ a, double* __restrict__ b) {
+struct RootTerms {
+  Line<C> line;
+  BREGMAN_HD Sums operator()(C z, C scale, C norm) const { return root_terms(z, scale, norm, line); }
+};
+struct CurveTerms {
+  template <class C>
+  BREGMAN_HD Sums operator()(C z, C scale, C rho) const { return curve_terms(z, scale, rho); }
+};
+struct GainTerms {
+  template <class C>
+  BREGMAN_HD Sums operator()(C z, C scale, C rho) const { return gain_terms(z, scale, rho); }
+};
+struct HalfSpaceTerms {
+  template <class C>
+  BREGMAN_HD Sums operator()(C z, C scale, C) const { return half_space_terms(z, scale); }
+};
+
+template <class Terms, class C>
+BREGMAN_LOOP void add_pairs(const Matrix<C> m, const Terms terms, const C* __restrict__ numbers,
+                            double* __restrict__ a, double* __restrict__ b) {
   for (int64_t r = 0; r < m.rows; ++r) {
     const C* __restrict__ z = m.z + r * m.columns;
     const C* __restrict__ scales = m.scales + r * m.columns;
 #pragma GCC ivdep
     for (int64_t j = 0; j < m.columns; ++j) {
-      const Sums terms = start_terms(z[j], scales[j], line);
-      a[j] += terms.a;
-      b[j] += terms.b;
+      const Sums pair = terms(z[j], scales[j], numbers[j]);
+      a[j] += pair.a;
+      b[j] += pair.b;
     }
   }
 }
 
-template <class C>
-BREGMAN_LOOP void add_step(const Matrix<C> m, const Line<C> line, const C* __restrict__ norms, double* __restrict__ a,
-                           double* __restrict__ b) {
-  for (int64_t r = 0; r < m.rows; ++r) {
-    const C* __restrict__ z = m.z + r * m.columns;
-    const C* __restrict__ scales = m.scales + r * m.columns;
+// The squares of n parameters as they are before the step.
+template <class Rule, class T>
+BREGMAN_LOOP void add_old_squares(const Arrays<Rule, T> a, int64_t begin, int64_t n, double* __restrict__ sums) {
 #pragma GCC ivdep
-    for (int64_t j = 0; j < m.columns; ++j) {
-      const Sums terms = step_terms(z[j], scales[j], norms[j], line);
-      a[j] += terms.a;
-      b[j] += terms.b;
-    }
-  }
-}
-
-template <class C>
-BREGMAN_LOOP void add_curve(const Matrix<C> m, const C* __restrict__ rho, double* __restrict__ a,
-                            double* __restrict__ b) {
-  for (int64_t r = 0; r < m.rows; ++r) {
-    const C* __restrict__ z = m.z + r * m.columns;
-    const C* __restrict__ scales = m.scales + r * m.columns;
-#pragma GCC ivdep
-    for (int64_t j = 0; j < m.columns; ++j) {
-      const Sums terms = curve_terms(z[j], scales[j], rho[j]);
-      a[j] += terms.a;
-      b[j] += terms.b;
-    }
-  }
-}
-
-template <class C>
-BREGMAN_LOOP void add_gain(const Matrix<C> m, const C* __restrict__ rho, double* __restrict__ a,
-                           double* __restrict__ b) {
-  for (int64_t r = 0; r < m.rows; ++r) {
-    const C* __restrict__ z = m.z + r * m.columns;
-    const C* __restrict__ scales = m.scales + r * m.columns;
-#pragma GCC ivdep
-    for (int64_t j = 0; j < m.columns; ++j) {
-      const Sums terms = gain_terms(z[j], scales[j], rho[j]);
-      a[j] += terms.a;
-      b[j] += terms.b;
-    }
-  }
-}
-
-template <class C>
-BREGMAN_LOOP void add_products(const Matrix<C> m, double* __restrict__ a, double* __restrict__ b) {
-  for (int64_t r = 0; r < m.rows; ++r) {
-    const C* __restrict__ z = m.z + r * m.columns;
-    const C* __restrict__ scales = m.scales + r * m.columns;
-#pragma GCC ivdep
-    for (int64_t j = 0; j < m.columns; ++j) {
-      const Sums terms = half_space_terms(z[j], scales[j]);
-      a[j] += terms.a;
-      b[j] += terms.b;
-    }
-  }
+  for (int64_t j = 0; j < n; ++j) sums[j] = add_square(sums[j], a.old_param(begin + j));
 }
 
 template <class C>
@@ -233,13 +201,14 @@ class BufferedGroups {
 
   BufferedGroups(Scratch& scratch, C* z, const C* scales, int64_t rows, int64_t row, int64_t count)
       : z_(z), scales_(scales), elements_(rows * row * count), count_(count) {
-    fold_ = rows == 1 && count == 1;
-    columns_ = fold_ ? kFold : row * count;
-    row_ = fold_ ? kFold : row;
+    const bool fold = rows == 1 && count == 1;
+    columns_ = fold ? kFold : row * count;
+    row_ = fold ? kFold : row;
     sums_ = scratch.get<double>(0, 2 * columns_);
     totals_ = scratch.get<double>(1, 3 * count);
     group_ = scratch.get<C>(2, count);
     spread_ = scratch.get<C>(3, columns_ + kSpread);
+    settled_ = scratch.get<bool>(6, count);
   }
 
   // Isotropic: all elements have the same scale.
@@ -253,24 +222,27 @@ class BufferedGroups {
     for_parts([&](const Matrix<C>& m) { scale_points(m, spread_); });
   }
 
-  // In the metric of the scales.
-  void shrink_in_metric(const Line<C>& line) {
+  // In the metric of the scales. add_old(j, n, sums) adds the squares of n neighbouring old parameters from element j
+  // of the tile on.
+  template <class AddOld>
+  void shrink_in_metric(const Line<C>& line, AddOld add_old) {
     double* norms = totals_ + 2 * count_;
     clear();
-    for_parts([&](const Matrix<C>& m) { add_start(m, line, sums_, sums_ + columns_); });
-    total();
-    for (int64_t g = 0; g < count_; ++g) norms[g] = root_start(sums(g), line);
-    bool moves = true;  // a step begins at a norm of type C: where none has changed, neither will the next
-    for (int step = 0; step < kRootSteps<C> && moves; ++step) {
-      for (int64_t g = 0; g < count_; ++g) group_[g] = C(norms[g]);
-      spread(group_, row_, count_, spread_);
-      clear();
-      for_parts([&](const Matrix<C>& m) { add_step(m, line, spread_, sums_, sums_ + columns_); });
-      total();
-      moves = false;
+    for (int64_t j = 0; j < elements_; j += columns_) add_old(j, std::min(columns_, elements_ - j), sums_);
+    sum_rows(sums_, row_, count_, totals_);
+    for (int64_t g = 0; g < count_; ++g) {
+      norms[g] = root_start<C>(totals_[g]);
+      settled_[g] = false;
+    }
+    int64_t left = count_;
+    for (int step = 0; step < kRootSteps<C> && left; ++step) {
+      visit(norms, RootTerms<C>{line});
       for (int64_t g = 0; g < count_; ++g) {
-        norms[g] = root_step<C>(norms[g], sums(g));
-        moves |= C(norms[g]) != group_[g];
+        if (settled_[g]) continue;
+        const double before = double(group_[g]);
+        norms[g] = root_step(before, sums(g));
+        settled_[g] = root_settles<C>(before, norms[g]);
+        left -= settled_[g];
       }
     }
     for (int64_t g = 0; g < count_; ++g) group_[g] = root_rho(norms[g], line);
@@ -282,23 +254,16 @@ class BufferedGroups {
   void shrink_along(const Penalty<C>& k, C weight) {
     double* rho = totals_ + 2 * count_;
     for (int64_t g = 0; g < count_; ++g) rho[g] = 0;
-    auto visit = [&](auto add) {
-      for (int64_t g = 0; g < count_; ++g) group_[g] = C(rho[g]);
-      spread(group_, row_, count_, spread_);
-      clear();
-      for_parts(add);
-      total();
-    };
     bool moves = true;
     for (int step = 0; step < kCurveSteps && moves; ++step) {
-      visit([&](const Matrix<C>& m) { add_curve(m, spread_, sums_, sums_ + columns_); });
+      visit(rho, CurveTerms());
       moves = false;
       for (int64_t g = 0; g < count_; ++g) {
         rho[g] = curve_step(rho[g], sums(g), k, weight);
         moves |= C(rho[g]) != group_[g];
       }
     }
-    visit([&](const Matrix<C>& m) { add_gain(m, spread_, sums_, sums_ + columns_); });
+    visit(rho, GainTerms());
     for (int64_t g = 0; g < count_; ++g) group_[g] = C(curve_decision(rho[g], sums(g), k, weight));
     spread(group_, row_, count_, spread_);
     for_parts([&](const Matrix<C>& m) { shrink_points(m, spread_); });
@@ -306,9 +271,9 @@ class BufferedGroups {
 
   // The half-space step, with the old parameters for scales.
   void project(const Line<C>& line, C lr, C epsilon) {
-    clear();
-    for_parts([&](const Matrix<C>& m) { add_products(m, sums_, sums_ + columns_); });
-    total();
+    double* none = totals_ + 2 * count_;
+    for (int64_t g = 0; g < count_; ++g) none[g] = 0;
+    visit(none, HalfSpaceTerms());
     for (int64_t g = 0; g < count_; ++g) group_[g] = half_space_pull(sums(g), line, lr, epsilon);
     spread(group_, row_, count_, spread_);
     for_parts([&](const Matrix<C>& m) { half_space_points(m, spread_); });
@@ -324,7 +289,13 @@ class BufferedGroups {
   void clear() {
     for (int64_t j = 0; j < 2 * columns_; ++j) sums_[j] = 0;
   }
-  void total() {
+  // The pair of sums of each group, of terms that depend on a number of its own.
+  template <class Terms>
+  void visit(const double* numbers, const Terms& terms) {
+    for (int64_t g = 0; g < count_; ++g) group_[g] = C(numbers[g]);
+    spread(group_, row_, count_, spread_);
+    clear();
+    for_parts([&](const Matrix<C>& m) { add_pairs(m, terms, spread_, sums_, sums_ + columns_); });
     sum_rows(sums_, row_, count_, totals_);
     sum_rows(sums_ + columns_, row_, count_, totals_ + count_);
   }
@@ -333,9 +304,9 @@ class BufferedGroups {
   C* z_;
   const C* scales_;
   int64_t elements_, count_, columns_, row_;
-  bool fold_;
   double *sums_, *totals_;
   C *group_, *spread_;
+  bool* settled_;
 };
 
 // Groups of one tensor, tile by tile.
@@ -359,7 +330,10 @@ struct PointGroups : TileOf<Rule, T> {
     bool straight = false;
     if constexpr (kPaired<Rule>) straight = line_of(k.radial, C(t.weight), line);
     if constexpr (Rule::kMetric) {
-      if (straight) groups.shrink_in_metric(line);
+      auto add_old = [&](int64_t j, int64_t n, double* sums) {  // a row, or a piece of the only one
+        add_old_squares(a, rows == 1 ? this->offset(base, 0) + j : this->offset(base, j / n), n, sums);
+      };
+      if (straight) groups.shrink_in_metric(line, add_old);
       else groups.shrink_along(k.radial, C(t.weight));
     } else if constexpr (Rule::kHalfSpace) {
       groups.project(line, k.h.lr, k.h.epsilon);

@@ -26,6 +26,7 @@ struct GroupArrays {
   double norm[kPair ? kMaxGroups : 2];  // or rho, along a curve
   C factor[kMaxGroups];
   int alive[kMaxGroups];
+  bool settled[kPair ? kMaxGroups : 16];
   int moved[2];  // whether a norm did in a pass: in turns, so that a thread may still read the last one's
   int unused[2];  // what follows is aligned
 };
@@ -205,12 +206,12 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<T, kShared>)
   bool straight = true;
   if constexpr (kPair) straight = line_of(k.radial, C(part.t.weight), line);
   const bool curved = Rule::kMetric && !straight;
-  // Passes that sum over groups.
+  // Passes that sum over groups. The first of a root search sums the squares of the old parameter.
   const int sums = !Rule::kMetric ? 1 : curved ? kCurveSteps + 1 : kRootSteps<C> + 1;
   const bool second = kShared && args.phase == Phase::scale;
   for (int g = int(threadIdx.x); g < tile.groups; g += kThreads) {
     arrays.alive[g] = 0;
-    if constexpr (Rule::kMetric) arrays.norm[g] = 0;
+    if constexpr (Rule::kMetric) arrays.norm[g] = 0, arrays.settled[g] = false;
     if (kShared && second) arrays.factor[g] = C(value_of(g));
   }
   __syncthreads();
@@ -219,13 +220,13 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<T, kShared>)
   bool on_chip = false;
 #pragma unroll 1
   for (int pass = second ? sums : 0; pass <= (kShared && !second ? 0 : sums); ++pass) {
-    const bool writes = pass == sums;
+    const bool writes = pass == sums, begins = Rule::kMetric && !curved && pass == 0;
     auto terms = [&](C x, C scale, int group) {
       if constexpr (Rule::kHalfSpace) return half_space_terms(x, scale);
       else if constexpr (kPair) {
         const C norm = C(arrays.norm[group]);
         if (curved) return pass + 1 < sums ? curve_terms(x, scale, norm) : gain_terms(x, scale, norm);
-        return pass == 0 ? start_terms(x, scale, line) : step_terms(x, scale, norm, line);
+        return begins ? Sums{double(x) * double(x), 0} : root_terms(x, scale, norm, line);
       } else return double(x) * double(x);
     };
     sums_t<kPair> own{};  // of a group that has the block for itself
@@ -237,6 +238,12 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<T, kShared>)
         walk(panel, [&](auto width, int64_t i, int, int j) {
           constexpr int W = width.value;
           C points[W], scale[W];
+          if (begins) {
+            part.old_param(i, points);
+#pragma unroll
+            for (int m = 0; m < W; ++m) z[j + m] = points[m];
+            return;
+          }
           part.point(i, part.template keep<W>(i), k, !second, !second && (kShared || fits || writes), points, scale);
 #pragma unroll
           for (int m = 0; m < W; ++m) {
@@ -280,7 +287,7 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<T, kShared>)
         __syncthreads();
       }
     }
-    on_chip = fits;
+    on_chip = fits && !begins;
     if (writes) break;
     if (alone) {
       own = team_sum(own, kThreads, arrays.partial);
@@ -292,12 +299,20 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<T, kShared>)
       if constexpr (Rule::kHalfSpace) {
         arrays.factor[g] = half_space_pull(sum, line, k.h.lr, k.h.epsilon);
       } else if constexpr (kPair) {
-        const double before = arrays.norm[g];
-        const double norm = curved ? group_curve(pass + 1 < sums, before, sum, k.radial, C(part.t.weight))
-                            : pass == 0 ? root_start(sum, line) : root_step<C>(before, sum);
-        if ((pass == 0 && !curved) || C(norm) != C(before)) atomicOr(&arrays.moved[pass % 2], 1);
+        if (arrays.settled[g]) continue;
+        const double before = double(C(arrays.norm[g]));
+        double norm;
+        if (curved) {
+          norm = group_curve(pass + 1 < sums, arrays.norm[g], sum, k.radial, C(part.t.weight));
+          arrays.factor[g] = C(norm);
+          if (C(norm) != C(before)) atomicOr(&arrays.moved[pass % 2], 1);
+        } else {
+          norm = begins ? root_start<C>(sum.a) : root_step(before, sum);
+          arrays.factor[g] = root_rho(norm, line);
+          arrays.settled[g] = !begins && root_settles<C>(before, norm);
+          if (!arrays.settled[g]) atomicOr(&arrays.moved[pass % 2], 1);
+        }
         arrays.norm[g] = norm;
-        arrays.factor[g] = curved ? C(norm) : root_rho(norm, line);
       } else if constexpr (kShared) {
         value_of(g) = sum;
       } else {
@@ -306,7 +321,7 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<T, kShared>)
       }
     }
     __syncthreads();
-    // A step begins at norms of type C: where none has changed, neither will the next.
+    // Where no group goes on, or no rho of type C has changed, neither will the next pass.
     if (Rule::kMetric && !arrays.moved[pass % 2] && pass + 1 < sums) pass = sums - 1 - curved;
   }
   if (kShared && !second) {

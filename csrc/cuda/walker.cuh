@@ -116,14 +116,22 @@ struct Tile {
   }
 
   template <int W>
-  __device__ __forceinline__ void load_param(int64_t i, C (&out)[W]) const {
+  __device__ __forceinline__ void old_param(int64_t i, C (&out)[W]) const {
     if constexpr (kMaster) {
       load(static_cast<const C*>(slot(kSlots)), i, true, out);
-    } else if constexpr (Rule::kReadsParam) {
+    } else {
       T raw[W];
       load(static_cast<const T*>(param()), i, true, raw);
 #pragma unroll
       for (int j = 0; j < W; ++j) out[j] = widen(raw[j]);
+    }
+  }
+
+  // What the rule reads.
+  template <int W>
+  __device__ __forceinline__ void load_param(int64_t i, C (&out)[W]) const {
+    if constexpr (Rule::kReadsParam) {
+      old_param(i, out);
     } else {
 #pragma unroll
       for (int j = 0; j < W; ++j) out[j] = C(0);

@@ -229,11 +229,9 @@ template <class Rule> void oracle(TestTensor& t, const Step& step) {
           sums[group[i]].a += one.a, sums[group[i]].b += one.b;
         }
       };
-      add([&](int64_t i) { return start_terms(q[i], scales[i], line); });
-      for (int64_t g = 0; g < t.numel; ++g) norms[g] = root_start(sums[g], line);
-      for (int k = 0; k < kRootSteps<double>; ++k) {
-        add([&](int64_t i) { return step_terms(q[i], scales[i], norms[group[i]], line); });
-        for (int64_t g = 0; g < t.numel; ++g) norms[g] = root_step<double>(norms[g], sums[g]);
+      for (int k = 0; k < kRootSteps<double>; ++k) {  // from 0, and none settles early
+        add([&](int64_t i) { return root_terms(q[i], scales[i], norms[group[i]], line); });
+        for (int64_t g = 0; g < t.numel; ++g) norms[g] = root_step(norms[g], sums[g]);
       }
       for (int64_t i = 0; i < t.numel; ++i) q[i] = shrink_weighted(q[i], scales[i], root_rho(norms[group[i]], line));
     } else if (t.spec.budget) {
