@@ -56,19 +56,23 @@ def _line_rho(
         t = squares.sqrt().to(x.dtype).double()
         t = torch.where(t - t == 0, t, 0.0)
     settled = torch.zeros_like(t, dtype=torch.bool)
-    for _ in range(8 if double else 7):
+    for _ in range(7 if double else 6):
         before = t.to(x.dtype).double()
         q = 1 / _positive(before.to(x.dtype) * rest + level * scale)
-        a, b = yield from _sums(x * q, q * rest, reduced)
-        after = before + a * (a.sqrt() - 1) / b
+        a, b, c = yield from _sums(x * q, q * rest, reduced, 3)
+        root = a.sqrt()
+        newton = a * (root - 1) / b
+        after, bend = before + newton, 1.5 * (root - 1) * (a * c / (b * b) - 1)
         exponent = _rough_log2(a.float()) * (a / (2 * before * b)).float()
         far = before * _rough_exp2(torch.where(exponent < 60, exponent, 60)).double()
         far = torch.where(far < 1e12 * after, far, 1e12 * after)
-        jumps = (a.sqrt() > 1) & (before > 0) & (far > 4 * after)
-        after = torch.where(jumps, (after * far).sqrt(), torch.where(after > 0, after, 0.0))
+        jumps = (root > 1) & (before > 0) & (far > 4 * after)
+        next_far = torch.where(jumps, (after * far).sqrt(), after)
+        next_near = before + newton / (1 - bend)
+        after = torch.where(after > 0, torch.where(bend.abs() <= 0.5, next_near, next_far), 0.0)
         after = torch.where((a - a != 0) | (a == 0), a, after)
         t = torch.where(settled, t, after)
-        short = ~((after - before).abs() > (2.0**-27 if double else 2.0**-13) * before)
+        short = ~((after - before).abs() > (2.0**-18 if double else 2.0**-8) * before)
         settled = settled | short | (after - after != 0)
     rho = torch.where(level == 0, 0.0, level.double() / t) - slope.double()
     return torch.where(rho < 0, 0.0, rho).to(x.dtype)
@@ -108,10 +112,12 @@ def _positive(scale: Tensor) -> Tensor:
     return torch.where(scale < least, least, scale)
 
 
-def _sums(part: Tensor, other: Tensor, reduced: list[int]) -> Rounds[Tensor]:
-    square = part.double().square()
-    pair = [square.sum(reduced, keepdim=True), (square * other.double()).sum(reduced, keepdim=True)]
-    [total] = yield [torch.stack(pair)]
+def _sums(part: Tensor, share: Tensor, reduced: list[int], count: int = 2) -> Rounds[Tensor]:
+    """Of squares, and of these times powers of `share`."""
+    terms = [part.double().square()]
+    while len(terms) < count:
+        terms.append(terms[-1] * share.double())
+    [total] = yield [torch.stack([term.sum(reduced, keepdim=True) for term in terms])]
     return total
 
 

@@ -9,19 +9,23 @@
 
 BREGMAN_BEGIN
 
-// Advances the state of n neighbours and writes their points, and their prox scales where these differ.
+// Advances the state of rows of n columns and writes their points, and their prox scales where these differ.
 template <class Rule, class T, bool kMasked>
-BREGMAN_LOOP void advance_points(const Arrays<Rule, T> a, int64_t begin, int64_t n,
+BREGMAN_LOOP void advance_points(const Arrays<Rule, T> a, int64_t base, const Rows rows, int64_t n,
                                  const Scalars<Rule, compute_t<T>> k, compute_t<T>* __restrict__ z,
                                  compute_t<T>* __restrict__ scales, const flag_t<compute_t<T>>* keep) {
   using C = compute_t<T>;
+  for (int64_t o = 0; o < rows.outer; ++o)
+    for (int64_t i = 0; i < rows.inner; ++i, z += n, scales += n) {
+      const int64_t begin = base + o * rows.outer_stride + i * rows.inner_stride;
 #pragma GCC ivdep
-  for (int64_t j = 0; j < n; ++j) {
-    C s[kMaxSlots];
-    const Point<C> p = point_of<true, Rule, T, C, kMasked>(a, begin + j, k, s, keep, j);
-    z[j] = p.z;
-    if constexpr (kPaired<Rule>) scales[j] = p.scale;
-  }
+      for (int64_t j = 0; j < n; ++j) {
+        C s[kMaxSlots];
+        const Point<C> p = point_of<true, Rule, T, C, kMasked>(a, begin + j, k, s, keep, j);
+        z[j] = p.z;
+        if constexpr (kPaired<Rule>) scales[j] = p.scale;
+      }
+    }
 }
 
 // The new parameters from n prox points; returns how many are non-zero.
@@ -40,15 +44,19 @@ BREGMAN_LOOP int32_t finish_points(const Arrays<Rule, T> a, int64_t begin, int64
   return count;
 }
 
-// Both on n neighbours, with or without a mask.
+// Both with or without a mask.
 template <class Rule, class T>
-void advance_any(const Arrays<Rule, T>& a, const uint64_t* mask, int64_t begin, int64_t n,
+void advance_any(const Arrays<Rule, T>& a, const uint64_t* mask, int64_t base, const Rows& rows, int64_t n,
                  const Scalars<Rule, compute_t<T>>& k, compute_t<T>* z, compute_t<T>* scales) {
   using C = compute_t<T>;
-  if (mask == nullptr) return advance_points<Rule, T, false>(a, begin, n, k, z, scales, nullptr);
-  for_blocks<C>(mask, begin, n, [&](int64_t j, int64_t length, const flag_t<C>* keep) {
-    advance_points<Rule, T, true>(a, begin + j, length, k, z + j, scales + j, keep);
-  });
+  if (mask == nullptr) return advance_points<Rule, T, false>(a, base, rows, n, k, z, scales, nullptr);
+  for (int64_t r = 0; r < rows.outer * rows.inner; ++r) {
+    const int64_t begin = rows.at(base, r);
+    for_blocks<C>(mask, begin, n, [&](int64_t j, int64_t length, const flag_t<C>* keep) {
+      const int64_t m = r * n + j;
+      advance_points<Rule, T, true>(a, begin + j, {1, 1, 0, 0}, length, k, z + m, scales + m, keep);
+    });
+  }
 }
 template <class Rule, class T>
 int32_t finish_any(const Arrays<Rule, T>& a, const uint64_t* mask, int64_t begin, int64_t n,
@@ -97,7 +105,7 @@ void run_separable_buffered(const PlanView& plan, const Item& item, const void* 
   int32_t count = 0;
   for (int64_t j = 0; j < item.count; j += kBuffer) {
     const int64_t begin = item.begin + j, n = item.count - j < kBuffer ? item.count - j : kBuffer;
-    advance_any(a, t.mask, begin, n, k, z, scales);
+    advance_any(a, t.mask, begin, {1, 1, 0, 0}, n, k, z, scales);
     prox_buffer<Rule, C>(z, scales, n, k);
     count += finish_any(a, t.mask, begin, n, k, z);
   }
@@ -123,11 +131,11 @@ BREGMAN_LOOP void add_squares(const Matrix<C> m, double* __restrict__ sums) {
   }
 }
 
-// What pairs of sums are made of: of points, their scales, and a number per column.
+// What sums are made of: of points, their scales, and a number per column.
 template <class C>
 struct RootTerms {
   Line<C> line;
-  BREGMAN_HD Sums operator()(C z, C scale, C norm) const { return root_terms(z, scale, norm, line); }
+  BREGMAN_HD Moments operator()(C z, C scale, C norm) const { return root_terms(z, scale, norm, line); }
 };
 struct CurveTerms {
   template <class C>
@@ -143,25 +151,31 @@ struct HalfSpaceTerms {
 };
 
 template <class Terms, class C>
-BREGMAN_LOOP void add_pairs(const Matrix<C> m, const Terms terms, const C* __restrict__ numbers,
-                            double* __restrict__ a, double* __restrict__ b) {
+BREGMAN_LOOP void add_terms(const Matrix<C> m, const Terms terms, const C* __restrict__ numbers,
+                            double* __restrict__ a, double* __restrict__ b, double* __restrict__ c) {
   for (int64_t r = 0; r < m.rows; ++r) {
     const C* __restrict__ z = m.z + r * m.columns;
     const C* __restrict__ scales = m.scales + r * m.columns;
 #pragma GCC ivdep
     for (int64_t j = 0; j < m.columns; ++j) {
-      const Sums pair = terms(z[j], scales[j], numbers[j]);
-      a[j] += pair.a;
-      b[j] += pair.b;
+      const auto found = terms(z[j], scales[j], numbers[j]);
+      a[j] += found.a;
+      b[j] += found.b;
+      if constexpr (std::is_same_v<decltype(found), const Moments>) c[j] += found.c;
     }
   }
 }
 
-// The squares of n parameters as they are before the step.
+// The squares of rows of n parameters as they are before the step.
 template <class Rule, class T>
-BREGMAN_LOOP void add_old_squares(const Arrays<Rule, T> a, int64_t begin, int64_t n, double* __restrict__ sums) {
+BREGMAN_LOOP void add_old_squares(const Arrays<Rule, T> a, int64_t base, const Rows rows, int64_t n,
+                                  double* __restrict__ sums) {
+  for (int64_t o = 0; o < rows.outer; ++o)
+    for (int64_t i = 0; i < rows.inner; ++i) {
+      const int64_t begin = base + o * rows.outer_stride + i * rows.inner_stride;
 #pragma GCC ivdep
-  for (int64_t j = 0; j < n; ++j) sums[j] = add_square(sums[j], a.old_param(begin + j));
+      for (int64_t j = 0; j < n; ++j) sums[j] = add_square(sums[j], a.old_param(begin + j));
+    }
 }
 
 template <class C>
@@ -197,15 +211,14 @@ BREGMAN_LOOP void half_space_points(const Matrix<C> m, const C* __restrict__ pul
 template <class C>
 class BufferedGroups {
  public:
-  static constexpr int64_t kFold = 128;  // columns of a folded run: its sums stay in L1, its rows are long enough
+  static constexpr int64_t kFold = 64;  // columns of a folded run: few sums to add up, its rows are long enough
 
   BufferedGroups(Scratch& scratch, C* z, const C* scales, int64_t rows, int64_t row, int64_t count)
-      : z_(z), scales_(scales), elements_(rows * row * count), count_(count) {
-    const bool fold = rows == 1 && count == 1;
-    columns_ = fold ? kFold : row * count;
-    row_ = fold ? kFold : row;
-    sums_ = scratch.get<double>(0, 2 * columns_);
-    totals_ = scratch.get<double>(1, 3 * count);
+      : z_(z), scales_(scales), elements_(rows * row * count), count_(count), folds_(rows == 1 && count == 1) {
+    columns_ = folds_ ? kFold : row * count;
+    row_ = folds_ ? kFold : row;
+    sums_ = scratch.get<double>(0, 3 * columns_);
+    totals_ = scratch.get<double>(1, 4 * count);
     group_ = scratch.get<C>(2, count);
     spread_ = scratch.get<C>(3, columns_ + kSpread);
     settled_ = scratch.get<bool>(6, count);
@@ -222,13 +235,19 @@ class BufferedGroups {
     for_parts([&](const Matrix<C>& m) { scale_points(m, spread_); });
   }
 
-  // In the metric of the scales. add_old(j, n, sums) adds the squares of n neighbouring old parameters from element j
-  // of the tile on.
+  // In the metric of the scales. add_old(first, rows, n, sums) adds the squares of the old parameters to the sums of
+  // columns, for rows of n columns that lie like `rows` from the tile's element `first` on.
   template <class AddOld>
-  void shrink_in_metric(const Line<C>& line, AddOld add_old) {
-    double* norms = totals_ + 2 * count_;
+  void shrink_in_metric(const Line<C>& line, const Rows& rows, AddOld add_old) {
+    double* norms = totals_ + 3 * count_;
     clear();
-    for (int64_t j = 0; j < elements_; j += columns_) add_old(j, std::min(columns_, elements_ - j), sums_);
+    if (folds_) {
+      const int64_t whole = elements_ / columns_, rest = elements_ - whole * columns_;
+      add_old(0, Rows{1, whole, 0, columns_}, columns_, sums_);
+      add_old(whole * columns_, Rows{1, 1, 0, 0}, rest, sums_);
+    } else {
+      add_old(0, rows, columns_, sums_);
+    }
     sum_rows(sums_, row_, count_, totals_);
     for (int64_t g = 0; g < count_; ++g) {
       norms[g] = root_start<C>(totals_[g]);
@@ -240,7 +259,7 @@ class BufferedGroups {
       for (int64_t g = 0; g < count_; ++g) {
         if (settled_[g]) continue;
         const double before = double(group_[g]);
-        norms[g] = root_step(before, sums(g));
+        norms[g] = root_step(before, {totals_[g], totals_[count_ + g], totals_[2 * count_ + g]});
         settled_[g] = root_settles<C>(before, norms[g]);
         left -= settled_[g];
       }
@@ -252,7 +271,7 @@ class BufferedGroups {
 
   // The same along a curve.
   void shrink_along(const Penalty<C>& k, C weight) {
-    double* rho = totals_ + 2 * count_;
+    double* rho = totals_ + 3 * count_;
     for (int64_t g = 0; g < count_; ++g) rho[g] = 0;
     bool moves = true;
     for (int step = 0; step < kCurveSteps && moves; ++step) {
@@ -271,7 +290,7 @@ class BufferedGroups {
 
   // The half-space step, with the old parameters for scales.
   void project(const Line<C>& line, C lr, C epsilon) {
-    double* none = totals_ + 2 * count_;
+    double* none = totals_ + 3 * count_;
     for (int64_t g = 0; g < count_; ++g) none[g] = 0;
     visit(none, HalfSpaceTerms());
     for (int64_t g = 0; g < count_; ++g) group_[g] = half_space_pull(sums(g), line, lr, epsilon);
@@ -287,23 +306,25 @@ class BufferedGroups {
     if (rest) f(Matrix<C>{z_ + rows * columns_, scales_ + rows * columns_, 1, rest});
   }
   void clear() {
-    for (int64_t j = 0; j < 2 * columns_; ++j) sums_[j] = 0;
+    for (int64_t j = 0; j < 3 * columns_; ++j) sums_[j] = 0;
   }
-  // The pair of sums of each group, of terms that depend on a number of its own.
+  // The sums of each group, of terms that depend on a number of its own.
   template <class Terms>
   void visit(const double* numbers, const Terms& terms) {
     for (int64_t g = 0; g < count_; ++g) group_[g] = C(numbers[g]);
     spread(group_, row_, count_, spread_);
     clear();
-    for_parts([&](const Matrix<C>& m) { add_pairs(m, terms, spread_, sums_, sums_ + columns_); });
-    sum_rows(sums_, row_, count_, totals_);
-    sum_rows(sums_ + columns_, row_, count_, totals_ + count_);
+    for_parts([&](const Matrix<C>& m) {
+      add_terms(m, terms, spread_, sums_, sums_ + columns_, sums_ + 2 * columns_);
+    });
+    for (int m = 0; m < 3; ++m) sum_rows(sums_ + m * columns_, row_, count_, totals_ + m * count_);
   }
   Sums sums(int64_t g) const { return {totals_[g], totals_[count_ + g]}; }
 
   C* z_;
   const C* scales_;
   int64_t elements_, count_, columns_, row_;
+  bool folds_;
   double *sums_, *totals_;
   C *group_, *spread_;
   bool* settled_;
@@ -322,18 +343,17 @@ struct PointGroups : TileOf<Rule, T> {
     const int64_t columns = count * row, elements = rows * columns;
     C* z = scratch.template get<C>(4, elements);
     C* scales = kPaired<Rule> ? scratch.template get<C>(5, elements) : z;
-    for (int64_t r = 0; r < rows; ++r)
-      advance_any(a, t.mask, this->offset(base, r), columns, k, z + r * columns, scales + r * columns);
-    if (k.elementwise.kind != 0) prox_buffer<Rule, C>(z, scales, elements, k);
     BufferedGroups<C> groups(scratch, z, scales, rows, row, count);
     Line<C> line{};
     bool straight = false;
     if constexpr (kPaired<Rule>) straight = line_of(k.radial, C(t.weight), line);
+    advance_any(a, t.mask, base, this->all_rows(), columns, k, z, scales);
+    if (k.elementwise.kind != 0) prox_buffer<Rule, C>(z, scales, elements, k);
     if constexpr (Rule::kMetric) {
-      auto add_old = [&](int64_t j, int64_t n, double* sums) {  // a row, or a piece of the only one
-        add_old_squares(a, rows == 1 ? this->offset(base, 0) + j : this->offset(base, j / n), n, sums);
+      auto add_old = [&](int64_t first, const Rows& part, int64_t n, double* sums) {
+        add_old_squares(a, base + first, part, n, sums);
       };
-      if (straight) groups.shrink_in_metric(line, add_old);
+      if (straight) groups.shrink_in_metric(line, this->all_rows(), add_old);
       else groups.shrink_along(k.radial, C(t.weight));
     } else if constexpr (Rule::kHalfSpace) {
       groups.project(line, k.h.lr, k.h.epsilon);

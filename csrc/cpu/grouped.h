@@ -48,6 +48,8 @@ BREGMAN_LOOP void advance_run(const Arrays<Rule, T> a, int64_t begin, int64_t n,
 // Where the rows of a tile begin, from its first: `outer` times `inner` of them.
 struct Rows {
   int64_t outer, inner, outer_stride, inner_stride;
+
+  int64_t at(int64_t base, int64_t r) const { return base + (r / inner) * outer_stride + (r % inner) * inner_stride; }
 };
 
 // Asks for what the first visit of n neighbours will read. Rows are too short for the processor to foresee.
@@ -202,7 +204,7 @@ struct TileOf {
       : t(record), k(Scalars<Rule, C>::from(args.scalars, args.elementwise, args.radial)), a(record, grad), row(t.layout.r2), rows(t.layout.rows()),
         inner(t.layout.r1), row_stride(t.layout.g2 * row), r0_stride(t.layout.g1 * inner * row_stride) {}
 
-  int64_t offset(int64_t base, int64_t r) const { return base + (r / inner) * r0_stride + (r % inner) * row_stride; }
+  int64_t offset(int64_t base, int64_t r) const { return all_rows().at(base, r); }
   Rows all_rows() const { return {rows / inner, inner, r0_stride, row_stride}; }
 
   bool any_nonzero(int64_t base) const {
