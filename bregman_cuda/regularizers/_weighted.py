@@ -46,34 +46,40 @@ def _line_rho(
     x: Tensor, scale: Tensor, near: Tensor | None, level: Tensor, slope: Tensor, reduced: list[int]
 ) -> Rounds[Tensor]:
     """rho where phi'(t) = level - slope t: infinite if and only if ||x / scale|| <= level."""
-    double = x.dtype == torch.float64
+    wide = x.dtype == torch.float64
+    least, most = (2.0**-18, 1e150) if wide else (2.0**-8, 1e37)
     rest = 1 - slope * scale
     rest = torch.where(rest < 2.0**-7, 2.0**-7, rest)
-    if near is None:
-        t = x.new_zeros([1 if d in reduced else n for d, n in enumerate(x.shape)], dtype=torch.float64)
-    else:
+    t = x.new_zeros([1 if d in reduced else n for d, n in enumerate(x.shape)], dtype=torch.float64)
+    if near is not None:
         [squares] = yield [near.double().square().sum(reduced, keepdim=True)]
-        t = squares.sqrt().to(x.dtype).double()
-        t = torch.where(t - t == 0, t, 0.0)
-    settled = torch.zeros_like(t, dtype=torch.bool)
-    for _ in range(7 if double else 6):
+        norms = squares.sqrt().to(x.dtype).double()
+        t = torch.where(norms - norms == 0, norms, t)
+    alive = settled = torch.zeros_like(t, dtype=torch.bool)
+    for _ in range(8):
         before = t.to(x.dtype).double()
-        q = 1 / _positive(before.to(x.dtype) * rest + level * scale)
-        a, b, c = yield from _sums(x * q, q * rest, reduced, 3)
+        along = before.to(x.dtype) * rest
+        q = 1 / _positive(along + level * scale)
+        u = x * q
+        v = torch.where(before > 0, u * (along * q), x)
+        products = [(p.double() * r.double()).sum(reduced, keepdim=True) for p, r in ((u, u), (u, v), (v, v))]
+        [(a, b, c)] = yield [torch.stack(products)]
+        from_zero = ~(before > 0)
+        norm = c.sqrt()
         root = a.sqrt()
-        newton = a * (root - 1) / b
-        after, bend = before + newton, 1.5 * (root - 1) * (a * c / (b * b) - 1)
-        exponent = _rough_log2(a.float()) * (a / (2 * before * b)).float()
-        far = before * _rough_exp2(torch.where(exponent < 60, exponent, 60)).double()
-        far = torch.where(far < 1e12 * after, far, 1e12 * after)
-        jumps = (root > 1) & (before > 0) & (far > 4 * after)
-        next_far = torch.where(jumps, (after * far).sqrt(), after)
-        next_near = before + newton / (1 - bend)
-        after = torch.where(after > 0, torch.where(bend.abs() <= 0.5, next_near, next_far), 0.0)
-        after = torch.where((a - a != 0) | (a == 0), a, after)
+        newton = before * a * (root - 1) / b
+        bend = 1.5 * (root - 1) * (a * c / (b * b) - 1)
+        after = before + newton
+        below = (a == 0) | (after <= 0)
+        far = torch.where(a > most, (before * 1e9).clamp(max=most), a)
+        after = torch.where(bend.abs() <= 0.5, before + newton / (1 - bend), after)
+        after = torch.where(a <= most, after, far)
+        after = torch.where(below, torch.where(alive, before / 16, 0.0), after)
+        short = ~below & ~((after - before).abs() > least * before)
+        after = torch.where(from_zero, torch.where(a > 1, norm, a - a), after)
         t = torch.where(settled, t, after)
-        short = ~((after - before).abs() > (2.0**-18 if double else 2.0**-8) * before)
-        settled = settled | short | (after - after != 0)
+        settled = settled | torch.where(from_zero, ~(a > 1) | ~(norm <= most), short)
+        alive = alive | (from_zero & (a > 1))
     rho = torch.where(level == 0, 0.0, level.double() / t) - slope.double()
     return torch.where(rho < 0, 0.0, rho).to(x.dtype)
 
@@ -112,22 +118,8 @@ def _positive(scale: Tensor) -> Tensor:
     return torch.where(scale < least, least, scale)
 
 
-def _sums(part: Tensor, share: Tensor, reduced: list[int], count: int = 2) -> Rounds[Tensor]:
-    """Of squares, and of these times powers of `share`."""
-    terms = [part.double().square()]
-    while len(terms) < count:
-        terms.append(terms[-1] * share.double())
-    [total] = yield [torch.stack([term.sum(reduced, keepdim=True) for term in terms])]
+def _sums(part: Tensor, other: Tensor, reduced: list[int]) -> Rounds[Tensor]:
+    square = part.double().square()
+    pair = [square.sum(reduced, keepdim=True), (square * other.double()).sum(reduced, keepdim=True)]
+    [total] = yield [torch.stack(pair)]
     return total
-
-
-def _rough_log2(x: Tensor) -> Tensor:
-    bits = x.view(torch.int32)
-    u = ((bits & 0x7FFFFF) | 0x3F800000).view(torch.float32) - 1
-    return ((bits >> 23) - 127).float() + u * (1.4209 + u * (-0.5773 + u * 0.1564))
-
-
-def _rough_exp2(x: Tensor) -> Tensor:
-    whole = x.to(torch.int32)
-    u = x - whole.float()
-    return ((whole + 127) << 23).view(torch.float32) * (1 + u * (0.6959 + u * (0.2249 + u * 0.0791)))

@@ -131,12 +131,7 @@ BREGMAN_LOOP void add_squares(const Matrix<C> m, double* __restrict__ sums) {
   }
 }
 
-// What sums are made of: of points, their scales, and a number per column.
-template <class C>
-struct RootTerms {
-  Line<C> line;
-  BREGMAN_HD Moments operator()(C z, C scale, C norm) const { return root_terms(z, scale, norm, line); }
-};
+// What pairs of sums are made of: of points, their scales, and a number per column.
 struct CurveTerms {
   template <class C>
   BREGMAN_HD Sums operator()(C z, C scale, C rho) const { return curve_terms(z, scale, rho); }
@@ -151,18 +146,42 @@ struct HalfSpaceTerms {
 };
 
 template <class Terms, class C>
-BREGMAN_LOOP void add_terms(const Matrix<C> m, const Terms terms, const C* __restrict__ numbers,
-                            double* __restrict__ a, double* __restrict__ b, double* __restrict__ c) {
+BREGMAN_LOOP void add_pairs(const Matrix<C> m, const Terms terms, const C* __restrict__ numbers,
+                            double* __restrict__ a, double* __restrict__ b) {
   for (int64_t r = 0; r < m.rows; ++r) {
     const C* __restrict__ z = m.z + r * m.columns;
     const C* __restrict__ scales = m.scales + r * m.columns;
 #pragma GCC ivdep
     for (int64_t j = 0; j < m.columns; ++j) {
-      const auto found = terms(z[j], scales[j], numbers[j]);
-      a[j] += found.a;
-      b[j] += found.b;
-      if constexpr (std::is_same_v<decltype(found), const Moments>) c[j] += found.c;
+      const Sums pair = terms(z[j], scales[j], numbers[j]);
+      a[j] += pair.a;
+      b[j] += pair.b;
     }
+  }
+}
+
+// The sums of a step of the root, a few rows of them.
+template <class C>
+BREGMAN_LOOP void add_moments(const Matrix<C> m, const Line<C> line, const C* __restrict__ norms, C* __restrict__ a,
+                              C* __restrict__ b, C* __restrict__ c) {
+  for (int64_t r = 0; r < m.rows; ++r) {
+    const C* __restrict__ z = m.z + r * m.columns;
+    const C* __restrict__ scales = m.scales + r * m.columns;
+#pragma GCC ivdep
+    for (int64_t j = 0; j < m.columns; ++j) {
+      const Moments<C> terms = root_terms(z[j], scales[j], norms[j], line);
+      a[j] += terms.a;
+      b[j] += terms.b;
+      c[j] += terms.c;
+    }
+  }
+}
+template <class C>
+BREGMAN_LOOP void move_up(C* __restrict__ few, int64_t n, double* __restrict__ sums) {
+#pragma GCC ivdep
+  for (int64_t j = 0; j < n; ++j) {
+    sums[j] += double(few[j]);
+    few[j] = C(0);
   }
 }
 
@@ -221,7 +240,8 @@ class BufferedGroups {
     totals_ = scratch.get<double>(1, 4 * count);
     group_ = scratch.get<C>(2, count);
     spread_ = scratch.get<C>(3, columns_ + kSpread);
-    settled_ = scratch.get<bool>(6, count);
+    search_ = scratch.get<Search>(6, count);
+    few_ = scratch.get<C>(7, 3 * columns_);
   }
 
   // Isotropic: all elements have the same scale.
@@ -251,17 +271,15 @@ class BufferedGroups {
     sum_rows(sums_, row_, count_, totals_);
     for (int64_t g = 0; g < count_; ++g) {
       norms[g] = root_start<C>(totals_[g]);
-      settled_[g] = false;
+      search_[g] = Search::begun;
     }
     int64_t left = count_;
-    for (int step = 0; step < kRootSteps<C> && left; ++step) {
-      visit(norms, RootTerms<C>{line});
+    for (int step = 0; step < kRootSteps && left; ++step) {
+      visit_root(norms, line);
       for (int64_t g = 0; g < count_; ++g) {
-        if (settled_[g]) continue;
-        const double before = double(group_[g]);
-        norms[g] = root_step(before, {totals_[g], totals_[count_ + g], totals_[2 * count_ + g]});
-        settled_[g] = root_settles<C>(before, norms[g]);
-        left -= settled_[g];
+        if (search_[g] == Search::settled) continue;
+        norms[g] = root_step<C>(double(group_[g]), {totals_[g], totals_[count_ + g], totals_[2 * count_ + g]}, search_[g]);
+        left -= search_[g] == Search::settled;
       }
     }
     for (int64_t g = 0; g < count_; ++g) group_[g] = root_rho(norms[g], line);
@@ -308,16 +326,33 @@ class BufferedGroups {
   void clear() {
     for (int64_t j = 0; j < 3 * columns_; ++j) sums_[j] = 0;
   }
-  // The sums of each group, of terms that depend on a number of its own.
-  template <class Terms>
-  void visit(const double* numbers, const Terms& terms) {
+  void set(const double* numbers) {
     for (int64_t g = 0; g < count_; ++g) group_[g] = C(numbers[g]);
     spread(group_, row_, count_, spread_);
     clear();
+  }
+  void total(int how_many) {
+    for (int m = 0; m < how_many; ++m) sum_rows(sums_ + m * columns_, row_, count_, totals_ + m * count_);
+  }
+  // The sums of each group, of terms that depend on a number of its own.
+  template <class Terms>
+  void visit(const double* numbers, const Terms& terms) {
+    set(numbers);
+    for_parts([&](const Matrix<C>& m) { add_pairs(m, terms, spread_, sums_, sums_ + columns_); });
+    total(2);
+  }
+  void visit_root(const double* norms, const Line<C>& line) {
+    constexpr int64_t kFew = 32;  // rows
+    set(norms);
+    for (int64_t j = 0; j < 3 * columns_; ++j) few_[j] = C(0);
     for_parts([&](const Matrix<C>& m) {
-      add_terms(m, terms, spread_, sums_, sums_ + columns_, sums_ + 2 * columns_);
+      for (int64_t r = 0; r < m.rows; r += kFew) {
+        const Matrix<C> part{m.z + r * m.columns, m.scales + r * m.columns, std::min(kFew, m.rows - r), m.columns};
+        add_moments(part, line, spread_, few_, few_ + columns_, few_ + 2 * columns_);
+        move_up(few_, 3 * columns_, sums_);
+      }
     });
-    for (int m = 0; m < 3; ++m) sum_rows(sums_ + m * columns_, row_, count_, totals_ + m * count_);
+    total(3);
   }
   Sums sums(int64_t g) const { return {totals_[g], totals_[count_ + g]}; }
 
@@ -327,7 +362,8 @@ class BufferedGroups {
   bool folds_;
   double *sums_, *totals_;
   C *group_, *spread_;
-  bool* settled_;
+  Search* search_;
+  C* few_;
 };
 
 // Groups of one tensor, tile by tile.

@@ -38,7 +38,7 @@ class Scratch {
     std::unique_ptr<char, Free> data;
     size_t bytes = 0;
   };
-  Buffer buffers_[7];
+  Buffer buffers_[8];
 };
 
 Scratch& thread_scratch();

@@ -9,24 +9,42 @@
 
 namespace bregman {
 
-// What is summed over a group: the squares of its points, or the two sums of a step of the root.
-template <bool kPair>
-using sums_t = std::conditional_t<kPair, Sums, double>;
+// What is summed over a group: the squares of its points, the sums of a step of the root (or of a curve), or those of a
+// half-space step.
+template <class Rule>
+using sums_t = std::conditional_t<Rule::kMetric, Moments<double>, std::conditional_t<kPaired<Rule>, Sums, double>>;
 
 __device__ __forceinline__ double plus(double x, double y) { return x + y; }
 __device__ __forceinline__ Sums plus(Sums x, Sums y) { return {x.a + y.a, x.b + y.b}; }
+template <class C>
+__device__ __forceinline__ Moments<C> plus(Moments<C> x, Moments<C> y) { return {x.a + y.a, x.b + y.b, x.c + y.c}; }
 __device__ __forceinline__ double from_lane(double x, int offset) { return __shfl_xor_sync(~0u, x, offset); }
 __device__ __forceinline__ Sums from_lane(Sums x, int offset) { return {from_lane(x.a, offset), from_lane(x.b, offset)}; }
+__device__ __forceinline__ Moments<double> from_lane(Moments<double> x, int offset) {
+  return {from_lane(x.a, offset), from_lane(x.b, offset), from_lane(x.c, offset)};
+}
+// What a thread has added up, for others to go on with.
+__device__ __forceinline__ void widen_sums(double x, double& sum) { sum = x; }
+__device__ __forceinline__ void widen_sums(Sums x, Sums& sum) { sum = x; }
+__device__ __forceinline__ void widen_sums(Sums x, Moments<double>& sum) { sum = {x.a, x.b, 0}; }
+template <class C>
+__device__ __forceinline__ void widen_sums(Moments<C> x, Moments<double>& sum) { sum = {double(x.a), double(x.b), double(x.c)}; }
+template <class S, class X>
+__device__ __forceinline__ S widened(X x) {
+  S sum;
+  widen_sums(x, sum);
+  return sum;
+}
 
 // Per-group arrays, in front of the points in dynamic shared memory.
-template <class C, bool kPair>
+template <class Rule, class C>
 struct GroupArrays {
-  sums_t<kPair> partial[kThreads];
-  sums_t<kPair> sum[kMaxGroups];
-  double norm[kPair ? kMaxGroups : 2];  // or rho, along a curve
+  sums_t<Rule> partial[kThreads];
+  sums_t<Rule> sum[kMaxGroups];
+  double norm[Rule::kMetric ? kMaxGroups : 2];  // or rho, along a curve
   C factor[kMaxGroups];
   int alive[kMaxGroups];
-  bool settled[kPair ? kMaxGroups : 16];
+  Search search[Rule::kMetric ? kMaxGroups : 16];
   int moved[2];  // whether a norm did in a pass: in turns, so that a thread may still read the last one's
   int unused[2];  // what follows is aligned
 };
@@ -111,10 +129,10 @@ __device__ __forceinline__ void add_teams(int groups, int length, S* partial, S*
   const int teams = kThreads / team, lane = int(threadIdx.x) % team;
   for (int start = 0; start < groups; start += teams) {
     const int group = start + int(threadIdx.x) / team;
-    S sum{};
+    decltype(term(0, 0)) own{};
     if (group < groups)
-      for (int j = lane; j < length; j += team) sum = plus(sum, term(j, group));
-    sum = team_sum(sum, team, partial);
+      for (int j = lane; j < length; j += team) own = plus(own, term(j, group));
+    const S sum = team_sum(widened<S>(own), team, partial);
     if (lane == 0 && group < groups) sums[group] = first ? sum : plus(sums[group], sum);
   }
 }
@@ -139,12 +157,12 @@ __device__ __forceinline__ void add_panel(int size, const TileGeometry& tile, S*
   }
   // A thread per column walks down the rows; what threads found is added up by teams, none of which exceeds a warp.
   const int at_once = int(tile.by_columns.quotient(kThreads)), r = int(tile.by_columns.quotient(threadIdx.x));
-  S own{};
+  decltype(term(0, 0)) own{};
   if (r < at_once) {
     const int column = int(threadIdx.x) - r * tile.columns(), group = tile.group_at(column);
     for (int j = int(threadIdx.x); j < size; j += at_once * tile.columns()) own = plus(own, term(j, group));
   }
-  partial[threadIdx.x] = own;
+  partial[threadIdx.x] = widened<S>(own);
   __syncthreads();
   add_teams(tile.groups, at_once * row, partial, sums, first, [&](int j, int group) { return partial[in_rows(j, group)]; });
 }
@@ -162,7 +180,8 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<T, kShared>)
   using C = typename Part::C;
   constexpr int V = Part::V;
   constexpr bool kPair = kPaired<Rule>;
-  using Shared = GroupArrays<C, kPair>;
+  using S = sums_t<Rule>;
+  using Shared = GroupArrays<Rule, C>;
   BREGMAN_DYNAMIC_SHARED(unsigned char, memory);
   Shared& arrays = *reinterpret_cast<Shared*>(memory);
   C* const z = reinterpret_cast<C*>(memory + sizeof(Shared));
@@ -207,11 +226,11 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<T, kShared>)
   if constexpr (kPair) straight = line_of(k.radial, C(part.t.weight), line);
   const bool curved = Rule::kMetric && !straight;
   // Passes that sum over groups. The first of a root search sums the squares of the old parameter.
-  const int sums = !Rule::kMetric ? 1 : curved ? kCurveSteps + 1 : kRootSteps<C> + 1;
+  const int sums = !Rule::kMetric ? 1 : curved ? kCurveSteps + 1 : kRootSteps + 1;
   const bool second = kShared && args.phase == Phase::scale;
   for (int g = int(threadIdx.x); g < tile.groups; g += kThreads) {
     arrays.alive[g] = 0;
-    if constexpr (Rule::kMetric) arrays.norm[g] = 0, arrays.settled[g] = false;
+    if constexpr (Rule::kMetric) arrays.norm[g] = 0, arrays.search[g] = Search::begun;
     if (kShared && second) arrays.factor[g] = C(value_of(g));
   }
   __syncthreads();
@@ -221,15 +240,27 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<T, kShared>)
 #pragma unroll 1
   for (int pass = second ? sums : 0; pass <= (kShared && !second ? 0 : sums); ++pass) {
     const bool writes = pass == sums, begins = Rule::kMetric && !curved && pass == 0;
-    auto terms = [&](C x, C scale, int group) {
-      if constexpr (Rule::kHalfSpace) return half_space_terms(x, scale);
-      else if constexpr (kPair) {
-        const C norm = C(arrays.norm[group]);
-        if (curved) return pass + 1 < sums ? curve_terms(x, scale, norm) : gain_terms(x, scale, norm);
-        return begins ? Sums{double(x) * double(x), 0} : root_terms(x, scale, norm, line);
-      } else return double(x) * double(x);
+    auto root_of = [&](C x, C scale, int group) {
+      return begins ? Moments<C>{x * x, 0, 0} : root_terms(x, scale, C(arrays.norm[group]), line);
     };
-    sums_t<kPair> own{};  // of a group that has the block for itself
+    auto curve_of = [&](C x, C scale, int group) {
+      const C rho = C(arrays.norm[group]);
+      return pass + 1 < sums ? curve_terms(x, scale, rho) : gain_terms(x, scale, rho);
+    };
+    auto others_of = [&](C x, C scale, int) {
+      if constexpr (Rule::kHalfSpace) return half_space_terms(x, scale);
+      else return double(x) * double(x);
+    };
+    // Calls f with the terms that are to be summed in this pass.
+    auto with_terms = [&](auto f) {
+      if constexpr (!Rule::kMetric) f(others_of);
+      else if (curved) f(curve_of);
+      else f(root_of);
+    };
+    // A single group that stays on chip begins as its points are made, and needs no pass for that.
+    const bool at_once = begins && alone && fits;
+    S own{};  // of a group that has the block for itself
+    C squares = 0;
     if (pass + 1 < sums && threadIdx.x == 0) arrays.moved[pass % 2] = 0;
 #pragma unroll 1
     for (int64_t start = 0; start < tile.elements(); start += panel_size) {
@@ -241,8 +272,11 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<T, kShared>)
           if (begins) {
             part.old_param(i, points);
 #pragma unroll
-            for (int m = 0; m < W; ++m) z[j + m] = points[m];
-            return;
+            for (int m = 0; m < W; ++m) {
+              if (at_once) squares += points[m] * points[m];
+              else z[j + m] = points[m];
+            }
+            if (!at_once) return;
           }
           part.point(i, part.template keep<W>(i), k, !second, !second && (kShared || fits || writes), points, scale);
 #pragma unroll
@@ -275,19 +309,27 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<T, kShared>)
               if ((alive >> m) & 1) atomicAdd(&arrays.alive[groups_of[m]], 1);
           }
         });
+      } else if (at_once) {
+        if constexpr (Rule::kMetric) own = {double(squares), 0, 0};
       } else if (alone) {
-        for_own(panel, [&](auto width, int j) {
+        with_terms([&](auto term) {
+          decltype(term(C(0), C(0), 0)) few{};
+          for_own(panel, [&](auto width, int j) {
 #pragma unroll
-          for (int m = 0; m < width.value; ++m) own = plus(own, terms(z[j + m], kPair ? scales[j + m] : C(0), 0));
+            for (int m = 0; m < width.value; ++m) few = plus(few, term(z[j + m], kPair ? scales[j + m] : C(0), 0));
+          });
+          own = plus(own, widened<S>(few));
         });
       } else {
         __syncthreads();
-        add_panel(panel.size, tile, arrays.partial, arrays.sum, start == 0,
-                  [&](int j, int group) { return terms(z[j], kPair ? scales[j] : C(0), group); });
+        with_terms([&](auto term) {
+          add_panel(panel.size, tile, arrays.partial, arrays.sum, start == 0,
+                    [&](int j, int group) { return term(z[j], kPair ? scales[j] : C(0), group); });
+        });
         __syncthreads();
       }
     }
-    on_chip = fits && !begins;
+    on_chip = fits && (!begins || at_once);
     if (writes) break;
     if (alone) {
       own = team_sum(own, kThreads, arrays.partial);
@@ -295,24 +337,22 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<T, kShared>)
       __syncthreads();
     }
     for (int g = int(threadIdx.x); g < tile.groups; g += kThreads) {
-      const sums_t<kPair> sum = arrays.sum[g];
+      const S sum = arrays.sum[g];
       if constexpr (Rule::kHalfSpace) {
         arrays.factor[g] = half_space_pull(sum, line, k.h.lr, k.h.epsilon);
-      } else if constexpr (kPair) {
-        if (arrays.settled[g]) continue;
+      } else if constexpr (Rule::kMetric) {
         const double before = double(C(arrays.norm[g]));
-        double norm;
         if (curved) {
-          norm = group_curve(pass + 1 < sums, arrays.norm[g], sum, k.radial, C(part.t.weight));
-          arrays.factor[g] = C(norm);
-          if (C(norm) != C(before)) atomicOr(&arrays.moved[pass % 2], 1);
-        } else {
-          norm = begins ? root_start<C>(sum.a) : root_step(before, sum);
-          arrays.factor[g] = root_rho(norm, line);
-          arrays.settled[g] = !begins && root_settles<C>(before, norm);
-          if (!arrays.settled[g]) atomicOr(&arrays.moved[pass % 2], 1);
+          arrays.norm[g] = group_curve(pass + 1 < sums, arrays.norm[g], {sum.a, sum.b}, k.radial, C(part.t.weight));
+          arrays.factor[g] = C(arrays.norm[g]);
+          if (arrays.factor[g] != C(before)) atomicOr(&arrays.moved[pass % 2], 1);
+        } else if (arrays.search[g] != Search::settled) {
+          Search search = arrays.search[g];
+          arrays.norm[g] = begins ? root_start<C>(sum.a) : root_step<C>(before, sum, search);
+          arrays.search[g] = search;
+          arrays.factor[g] = root_rho(arrays.norm[g], line);
+          if (search != Search::settled) atomicOr(&arrays.moved[pass % 2], 1);
         }
-        arrays.norm[g] = norm;
       } else if constexpr (kShared) {
         value_of(g) = sum;
       } else {
@@ -348,7 +388,7 @@ cudaError_t step_tiles(const PlanView& plan, const void* device_plan, const void
       using T = decltype(storage);
       using C = compute_t<T>;
       const size_t points = size_t(plan.header().scratch_elements) * (1 + kPaired<Rule>);
-      const size_t bytes = sizeof(GroupArrays<C, kPaired<Rule>>) + points * sizeof(C);
+      const size_t bytes = sizeof(GroupArrays<Rule, C>) + points * sizeof(C);
       return for_launches<Rule, C>(plan, device_plan, grads, args, counts, [&](const auto& kernel_args, dim3 blocks) {
         if constexpr (!kPaired<Rule>)  // the others know no budgets
           if (plan.header().budgets)

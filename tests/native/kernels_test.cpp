@@ -221,17 +221,16 @@ template <class Rule> void oracle(TestTensor& t, const Step& step) {
       Line<double> line{};
       CHECK(line_of(step.radial, t.spec.weight, line), "penalty %d has no line", step.radial.kind);
       std::vector<double> norms(t.numel);
-      std::vector<Sums> sums(t.numel);
-      auto add = [&](auto terms) {
-        std::fill(sums.begin(), sums.end(), Sums{0, 0});
+      std::vector<Search> search(t.numel, Search::begun);
+      for (int k = 0; k < kRootSteps; ++k) {  // from 0
+        std::vector<Moments<double>> sums(t.numel, Moments<double>{0, 0, 0});
         for (int64_t i = 0; i < t.numel; ++i) {
-          const Sums one = terms(i);
-          sums[group[i]].a += one.a, sums[group[i]].b += one.b;
+          const Moments<double> one = root_terms(q[i], scales[i], norms[group[i]], line);
+          Moments<double>& sum = sums[group[i]];
+          sum = {sum.a + one.a, sum.b + one.b, sum.c + one.c};
         }
-      };
-      for (int k = 0; k < kRootSteps<double>; ++k) {  // from 0, and none settles early
-        add([&](int64_t i) { return root_terms(q[i], scales[i], norms[group[i]], line); });
-        for (int64_t g = 0; g < t.numel; ++g) norms[g] = root_step(norms[g], sums[g]);
+        for (int64_t g = 0; g < t.numel; ++g)
+          if (search[g] != Search::settled) norms[g] = root_step<double>(norms[g], sums[g], search[g]);
       }
       for (int64_t i = 0; i < t.numel; ++i) q[i] = shrink_weighted(q[i], scales[i], root_rho(norms[group[i]], line));
     } else if (t.spec.budget) {
