@@ -180,6 +180,11 @@ KINKED = {name: case for name, case in PENALTIES.items() if name.removeprefix("g
 CONVEX = {name: case for name, case in PENALTIES.items() if getattr(case(), "convex", False)}
 
 
+def searches(case: RuleCase, reg: Any) -> bool:
+    """Whether a step searches norms: drivers add up some squares in fp32 for that, each in an order of its own."""
+    return case.metric and reg is not None and reg.radial is not None and reg.radial.line() is not None
+
+
 def takes(rule: str, reg: str) -> bool:
     """Whether the rule serves the regularizer: a dual asks for a convex one, a metric for a prox known in it, and a
     half-space kernel for a line."""

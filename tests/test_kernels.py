@@ -29,12 +29,11 @@ def tolerance(problem: Problem, outcome: Outcome) -> float:
     |dual|, inherits; in a metric, so do the step and the threshold. Each step adds one of each; a rule that reads its
     parameter carries them on.
 
-    Roots: up to 32 squares or as many as a thread has are summed in fp32 first (csrc/math/weighted.h), which leaves some
-    2^-24 of a group's norm.
+    Roots: up to 32 squares, or as many as a thread has, are summed in fp32 first (csrc/math/weighted.h), which leaves
+    some 2^-24 of a group's norm.
     """
     reg, wide = problem.reg(), problem.dtype == torch.float64
-    searched = registry.EVERY_RULE[problem.rule].metric and reg is not None and reg.radial is not None
-    if not wide and not (searched and reg.radial.line() is not None):
+    if not wide and not registry.searches(registry.EVERY_RULE[problem.rule], reg):
         return 0.0
     eps = torch.finfo(torch.float64).eps
     size = 0.0

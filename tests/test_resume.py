@@ -30,7 +30,18 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import bregman_cuda
-from bregman_cuda import L1, AdaBreg, ElasticNet, GroupLasso, LinBreg, Nuclear, ProxSGD, SparseGroupLasso, _backend
+from bregman_cuda import (
+    L1,
+    AdaBreg,
+    ElasticNet,
+    GroupLasso,
+    LinBreg,
+    Nuclear,
+    ProxSGD,
+    SparseGroupLasso,
+    SparseOptimizer,
+    _backend,
+)
 from bregman_cuda.optim._rule import COUNTERS
 
 SHAPES = [(6, 5), (4, 3, 3, 3), (7,)]
@@ -88,6 +99,15 @@ def assert_same(a: Any, b: Any, where: str = "", tolerance: float = 0.0) -> None
             assert_same(a[key], b[key], f"{where}[{key!r}]", tolerance)
     else:
         assert a == b, f"{where}: {a!r} and {b!r}"
+
+
+def apart(optimizer: SparseOptimizer, rule: str, dtype: torch.dtype) -> float:
+    """What kernels and the reference may differ by after some steps: fp64, by torch's root and the order of a group's
+    sum; where norms are searched, by what is summed in fp32."""
+    if dtype == torch.float64:
+        return 2e-13
+    searches = (registry.searches(registry.EVERY_RULE[rule], group["reg"]) for group in optimizer.param_groups)
+    return 1e-5 if any(searches) else 0.0
 
 
 def a_reg(rule: str) -> Any:
@@ -152,8 +172,7 @@ def resume_all(folder: Path) -> None:
         for group, end in zip(optimizer.param_groups, whole["param_groups"]):
             other, group["fused"], end["fused"] = group["fused"] != (fused is None), fused, fused
         train(optimizer, params, N, 2 * N)
-        # fp64: torch's root and the order of a group's sum differ from the kernels' by an ulp or two a step.
-        assert_same(everything(optimizer), whole, f"{case}", 2e-13 if case[1] == torch.float64 and other else 0.0)
+        assert_same(everything(optimizer), whole, f"{case}", apart(optimizer, case[0], case[1]) if other else 0.0)
 
 
 def test_groups_that_share_a_regularizer_here_but_not_in_the_checkpoint():
@@ -324,7 +343,7 @@ class Lockstep(RuleBasedStateMachine):
     @initialize(name=st.sampled_from(sorted(registry.EVERY_RULE)), dtype=st.sampled_from(registry.DTYPES))
     def begin(self, name, dtype):
         self.make, self.seed, self.masks = registry.EVERY_RULE[name].make, 0, {}
-        self.only_groups = name in registry.GROUP_RULES
+        self.only_groups, self.name, self.apart = name in registry.GROUP_RULES, name, 0.0
         self.models = [torch.nn.ParameterList(model(dtype)) for _ in range(2)]
         self.sides = [self.make(list(m), a_reg(name), fused=f) for m, f in zip(self.models, (None, False))]
 
@@ -383,14 +402,14 @@ class Lockstep(RuleBasedStateMachine):
 
     @invariant()
     def both_sides_agree(self):
-        double = self.models[0][0].dtype == torch.float64
-        assert_same(*(everything(side, fused=None) for side in self.sides), tolerance=1e-13 if double else 0.0)
+        self.apart = max(self.apart, apart(self.sides[0], self.name, self.models[0][0].dtype))
+        assert_same(*(everything(side, fused=None) for side in self.sides), tolerance=self.apart)
         for i, (p, q) in enumerate(zip(*self.models)):
             state = self.sides[0].state.get(p, {})
             if self.masks.get(i) is not None:
                 tensors = [p.detach(), *(v for k, v in state.items() if k not in (*COUNTERS, "mask"))]
                 assert not any(bool(t[~self.masks[i]].any()) for t in tensors), f"parameter {i} left its mask"
-            if double:  # an ulp apart: together again, so that it neither adds up nor is rounded apart
+            if self.apart:  # by an ulp or two: together again, so that it neither adds up nor is rounded apart
                 q.data.copy_(p.data)
                 [v.copy_(state[k]) for k, v in self.sides[1].state.get(q, {}).items()]
 
@@ -419,13 +438,14 @@ def test_ten_thousand_steps_leave_no_memory_behind(name, fused):
     run(500)
     tracemalloc.start(1)
     try:
-        before, after = run(500), run(10_000)
+        marks = [run(500)] + [run(2_500) for _ in range(4)]
     finally:
         tracemalloc.stop()
-    grown = [b - a for a, b in zip(before, after)]
-    assert grown[0] == 0
-    assert grown[1] < 4e6, "400 bytes a step"
-    assert grown[2] < 6e4, "6 bytes a step: 1e4 to 2e4 come within the first 1e4 steps and then no more (free lists)"
+    # What leaks does so in every stretch; free lists, arenas and what earlier tests left behind do not.
+    tensors, resident, traced = (min(b[k] - a[k] for a, b in zip(marks, marks[1:])) for k in range(3))
+    assert tensors == 0
+    assert resident < 1e6, "400 bytes a step"
+    assert traced < 1.5e4, "6 bytes a step"
     assert int(optimizer.state[params[1]]["step"]) == 11_000
 
 

@@ -82,8 +82,8 @@ TENSORS = [(n, *case) for n in (2, 4) for case in here.tensor_cases(n)]
 @pytest.mark.parametrize(("n", "rule", "layout", "dtype"), TENSORS, ids=lambda v: str(v).removeprefix("torch."))
 def test_every_rule_and_regularizer_steps_as_on_one_process(ranks, n, rule, layout, dtype):
     """Bit for bit, given the same gradients, masks included: sums of squares run in float64, where only fp64
-    parameters see the order of a sum. Penalties of the whole tensor have no bits in common with their kernels. None of
-    the collectives where no group is cut."""
+    parameters see the order of a sum. Penalties of the whole tensor, and norms that are searched, have kernels that
+    round otherwise. None of the collectives where no group is cut."""
     ours, expected = ranks(n)[1][rule, layout, dtype], here.tensors(rule, layout, dtype, None)
     assert ours["collectives"] == here.collectives_of(rule, layout)
     assert ours["counts"] == expected["counts"]
