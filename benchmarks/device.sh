@@ -39,23 +39,6 @@ outcome() {
     *) echo "FAILED (status $1)" ;;
   esac
 }
-# sanitize TOOL: benchmarks/sanitize.py under it in eight processes at once; prints what each found.
-sanitize() {
-  local part status=0 pids=()
-  for part in {0..7}; do
-    compute-sanitizer --tool "$1" --error-exitcode 9 --print-limit 20 "$PYTHON" benchmarks/sanitize.py "$part" 8 \
-      >"$OUT/$1.$part.txt" 2>&1 &
-    pids+=($!)
-  done
-  for part in {0..7}; do
-    wait "${pids[part]}" || status=$?
-    tail -n 30 "$OUT/$1.$part.txt"
-    rm "$OUT/$1.$part.txt"
-  done
-  return $status
-}
-export -f sanitize
-export PYTHON
 skip() { SUMMARY+=("$(printf '%-12s %4d s  skipped: %s' "$1" 0 "$2")"); echo; echo "=== $1: skipped: $2"; }
 
 GPU=$("$PYTHON" -c 'import torch; print(int(torch.cuda.is_available()))' 2>/dev/null || echo 0)
@@ -77,9 +60,9 @@ if [[ $GPU == 1 ]]; then
   stage benchmarks 150 "$PYTHON" benchmarks/report.py --device cuda --quick --out "$OUT" --seconds 1 \
     --shapes large gpt2 resnet50 resnet18 tiny thousand
   if command -v compute-sanitizer >/dev/null; then
-    for tool in memcheck racecheck; do
-      stage $tool 150 bash -c "sanitize $tool"
-    done
+    check() { stage "$1" 90 compute-sanitizer --tool "$1" --error-exitcode 9 --print-limit 20 "$PYTHON" benchmarks/sanitize.py "${@:2}"; }
+    check memcheck 0 1
+    check racecheck 0 7  # 7 times as many seconds a case; several processes at once take longer than one
   else
     skip sanitizer "no compute-sanitizer on the path"
   fi
