@@ -27,6 +27,7 @@ from bregman_cuda import (
     SparseGroupLasso,
 )
 from bregman_cuda.regularizers._base import Grouped, Separable
+from bregman_cuda.regularizers._rounds import Extent, alone
 
 
 def group(rng, spread: float) -> tuple[np.ndarray, np.ndarray, float]:
@@ -53,6 +54,37 @@ def test_it_is_the_minimiser(spread):
         assert np.array_equal(got == 0, want == 0)
         assert np.abs(got - want).max() <= 1e-12 * np.abs(want).max()
         assert oracles.weighted_group_residual(x, got, s, 0.0, w) <= 1e-10 * max(w, np.linalg.norm(x / s))
+
+
+@pytest.mark.parametrize("far", [0.0, 1e-30, 0.1, 0.999, 1.001, 2.0, 1e3, 1e15, math.inf, math.nan])
+@pytest.mark.parametrize("spread", [1.0, 1e3, 1e8])
+def test_a_search_may_begin_anywhere(spread, far):
+    """At the norm of a point that is `far` from the result, as a factor."""
+    rng = np.random.default_rng(int(math.log10(spread)) + 100)
+    for _ in range(60):
+        x, s, w = group(rng, spread)
+        want = oracles.weighted_group_lasso(x, s, w)
+        near = torch.tensor(want * far if want.any() else x * far)
+        rounds = GroupLasso(w, (), "none").prox_in_rounds(torch.tensor(x), torch.tensor(s), Extent(x.shape), near)
+        got = alone(rounds).numpy()
+        assert np.array_equal(got == 0, want == 0)
+        assert np.abs(got - want).max() <= 1e-12 * np.abs(want).max()
+
+
+@pytest.mark.parametrize(
+    ("x", "s", "near", "level"),
+    [
+        (1024.0, 1024.0, 1e-43, 1.0),  # nothing of the old norm is left beside level s, and g is 1
+        (1e8, 1e8, 1e-38, 1.0),
+        (1e-24, 0.0, 1e-24, 1.0),  # squares are too small for fp32
+        (1e-24, 0.0, 0.0, 1.0),
+    ],
+)
+def test_rare_starts_leave_no_nan(x, s, near, level):
+    """One element: soft thresholding, and with a step of zero nothing."""
+    args = (torch.tensor([v], dtype=torch.float32) for v in (x, s))
+    rounds = GroupLasso(level, (), "none").prox_in_rounds(*args, Extent((1,)), torch.tensor([near]))
+    assert float(alone(rounds)) == pytest.approx(max(x - level * s, 0.0), rel=1e-6, abs=0.0)
 
 
 @pytest.mark.parametrize("spread", [1.0, 10.0, 1e3, 1e5, 1e8])

@@ -18,7 +18,7 @@ def weighted_group_prox(
     """argmin_z  weight phi(||z||) + sum_i (z_i - x_i)^2 / (2 scale_i)  for each group.
 
     Other than zero, z_i = x_i / (1 + rho scale_i) with rho = weight phi'(t) / t and t = ||z||. A fixed number of steps
-    finds rho; weighted.h and curved.h give their errors.
+    searches rho; weighted.h and curved.h say how far they get.
 
     Args:
         x: fp32 or fp64 of any shape.
@@ -65,14 +65,15 @@ def _line_rho(
         products = [(p.double() * r.double()).sum(reduced, keepdim=True) for p, r in ((u, u), (u, v), (v, v))]
         [(a, b, c)] = yield [torch.stack(products)]
         from_zero = ~(before > 0)
-        norm = c.sqrt()
+        norm = torch.where(c > 0, c, 1e-46).sqrt()
         root = a.sqrt()
         newton = before * a * (root - 1) / b
         bend = 1.5 * (root - 1) * (a * c / (b * b) - 1)
         after = before + newton
-        below = (a == 0) | (after <= 0)
+        below = (a == 0) | (b == 0) | (after <= 0)
         far = torch.where(a > most, (before * 1e9).clamp(max=most), a)
-        after = torch.where(bend.abs() <= 0.5, before + newton / (1 - bend), after)
+        near_root = before + newton / (1 - bend)
+        after = torch.where((bend.abs() <= 0.5) & (near_root > 0), near_root, after)
         after = torch.where(a <= most, after, far)
         after = torch.where(below, torch.where(alive, before / 16, 0.0), after)
         short = ~below & ~((after - before).abs() > least * before)

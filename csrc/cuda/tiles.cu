@@ -46,7 +46,7 @@ struct GroupArrays {
   int alive[kMaxGroups];
   Search search[Rule::kMetric ? kMaxGroups : 16];
   int moved[2];  // whether a norm did in a pass: in turns, so that a thread may still read the last one's
-  int unused[2];  // what follows is aligned
+  int unused[2];
 };
 
 // Where the elements of a tile lie. Indices within a tile fit 31 bits (make_plan refuses others), memory offsets do not.
@@ -182,6 +182,7 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<T, kShared>)
   constexpr bool kPair = kPaired<Rule>;
   using S = sums_t<Rule>;
   using Shared = GroupArrays<Rule, C>;
+  static_assert(sizeof(Shared) % 16 == 0);
   BREGMAN_DYNAMIC_SHARED(unsigned char, memory);
   Shared& arrays = *reinterpret_cast<Shared*>(memory);
   C* const z = reinterpret_cast<C*>(memory + sizeof(Shared));

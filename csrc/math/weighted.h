@@ -7,7 +7,9 @@
 // second derivative, takes its place near it. A search from 0 asks first whether g(0) <= 1, which makes the group zero,
 // and else goes on from ||x||, which is right of the root; one that is led below 0 begins there again, or if the group is
 // known not to be zero at a smaller norm. All ends within 7 steps (3,000 groups for each of 5 ranges of scales, up to 8
-// decades, of 1 to 4,608 elements, some within 1e-4 of being zero; 2026-11-26); a scale for all needs 3.
+// decades, of 1 to 4,608 elements, some within 1e-4 of being zero; 2026-11-26); a scale for all needs 3. A group with
+// scales in two clusters, 4 decades apart or more, that is nearly zero may need more: what is then left of it is off by up
+// to a quarter of itself, mostly 1e-7 of ||x||.
 //
 // An optimizer's groups move little in a step: its search begins at the norm of the old parameter and mostly ends after 1
 // or 2 steps. With r_i = t rest_i q_i, all in [0, 1], a step of relative length e leaves |h''^2 / 4h'^2 - h''' / 6h'| e^3,
@@ -102,16 +104,16 @@ BREGMAN_HD double root_step(double t, const Moments<double>& sums, Search& searc
   if (!(t > 0)) {
     search = sums.a > 1 ? Search::alive : Search::settled;
     if (!(sums.a > 1)) return sums.a - sums.a;  // zero; NaN stays
-    next = square_root(sums.c);
+    next = square_root(sums.c > 0 ? sums.c : 1e-46);  // a float's square may be too small for one
     if (!(next <= kMost)) search = Search::settled;  // an infinite element
     return next;
   }
   const double root = square_root(sums.a), newton = t * sums.a * (root - 1) / sums.b;
   const double bend = 1.5 * (root - 1) * (sums.a * sums.c / (sums.b * sums.b) - 1);
   next = t + newton;
-  if (sums.a == 0 || next <= 0) return search == Search::alive ? t / 16 : 0;
+  if (sums.a == 0 || sums.b == 0 || next <= 0) return search == Search::alive ? t / 16 : 0;
   if (!(sums.a <= kMost)) next = sums.a > kMost ? (t * kFar < kMost ? t * kFar : kMost) : sums.a;  // too far left to tell
-  else if (absolute(bend) <= 0.5) next = t + newton / (1 - bend);
+  else if (absolute(bend) <= 0.5 && t + newton / (1 - bend) > 0) next = t + newton / (1 - bend);
   if (!(absolute(next - t) > kLeast * t)) search = Search::settled;
   return next;
 }
