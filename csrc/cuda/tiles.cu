@@ -168,13 +168,13 @@ __device__ __forceinline__ void add_panel(int size, const TileGeometry& tile, S*
 }
 
 // Blocks per multiprocessor that registers have to leave room for: the most without spills (sm_80, sm_90, nvcc 13.0).
-template <class T, bool kShared>
-constexpr int kTileBlocks = sizeof(T) == 8 ? 1 : sizeof(T) == 4 && !kShared ? 3 : 2;
+template <class Rule, class T, bool kShared>
+constexpr int kTileBlocks = sizeof(T) == 8 ? 1 : sizeof(T) == 4 && !kShared && !Rule::kMetric ? 3 : 2;
 
 // kShared: one of the two visits of groups that share a budget; between them nothing stays on chip. Kernels of their own,
 // or every group kernel would pay for them in registers.
 template <class Rule, class T, bool kShared>
-__global__ void __launch_bounds__(kThreads, kTileBlocks<T, kShared>)
+__global__ void __launch_bounds__(kThreads, kTileBlocks<Rule, T, kShared>)
     tile_kernel(const __grid_constant__ KernelArgs<Rule, compute_t<T>> args) {
   using Part = Tile<Rule, T>;
   using C = typename Part::C;
