@@ -180,9 +180,10 @@ KINKED = {name: case for name, case in PENALTIES.items() if name.removeprefix("g
 CONVEX = {name: case for name, case in PENALTIES.items() if getattr(case(), "convex", False)}
 
 
-def searches(case: RuleCase, reg: Any) -> bool:
-    """Whether a step searches norms: drivers add up some squares in fp32 for that, each in an order of its own."""
-    return case.metric and reg is not None and reg.radial is not None and reg.radial.line() is not None
+def searches(optimizer: SparseOptimizer, group: dict[str, Any]) -> bool:
+    """Whether its steps search norms: drivers add up some squares in fp32 for that, each in an order of its own."""
+    radial = None if group["reg"] is None else group["reg"].radial
+    return optimizer._rule(group).metric and radial is not None and radial.line() is not None
 
 
 def takes(rule: str, reg: str) -> bool:

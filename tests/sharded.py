@@ -162,8 +162,8 @@ def tensors(rule: str, layout: str, dtype: torch.dtype, place: Callable[[Tensor]
     return {
         "collectives": total,
         "exact": [
-            name not in WHOLE | SHARED and not registry.searches(RULES[rule], group["reg"])
-            for name, group in zip(cases, groups)
+            name not in WHOLE | SHARED and not registry.searches(optimizer, group)
+            for name, group in zip(cases, optimizer.param_groups)
             for _ in group["params"]
         ],
         "params": [whole(p.detach()) for p in params],

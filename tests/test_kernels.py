@@ -33,7 +33,7 @@ def tolerance(problem: Problem, outcome: Outcome) -> float:
     some 2^-24 of a group's norm.
     """
     reg, wide = problem.reg(), problem.dtype == torch.float64
-    if not wide and not registry.searches(registry.EVERY_RULE[problem.rule], reg):
+    if not wide and not registry.searches(outcome.optimizer, outcome.optimizer.param_groups[0]):
         return 0.0
     eps = torch.finfo(torch.float64).eps
     size = 0.0

@@ -101,13 +101,12 @@ def assert_same(a: Any, b: Any, where: str = "", tolerance: float = 0.0) -> None
         assert a == b, f"{where}: {a!r} and {b!r}"
 
 
-def apart(optimizer: SparseOptimizer, rule: str, dtype: torch.dtype) -> float:
-    """What kernels and the reference may differ by after some steps: fp64, by torch's root and the order of a group's
-    sum; where norms are searched, by what is summed in fp32."""
+def apart(optimizer: SparseOptimizer, dtype: torch.dtype) -> float:
+    """What kernels and the reference may differ by after a step or three: fp64, by an ulp or two of torch's root and of
+    a group's sum; where norms are searched, by what is summed in fp32."""
     if dtype == torch.float64:
-        return 2e-13
-    searches = (registry.searches(registry.EVERY_RULE[rule], group["reg"]) for group in optimizer.param_groups)
-    return 1e-5 if any(searches) else 0.0
+        return 1e-13
+    return 4e-6 if any(registry.searches(optimizer, group) for group in optimizer.param_groups) else 0.0
 
 
 def a_reg(rule: str) -> Any:
@@ -172,7 +171,7 @@ def resume_all(folder: Path) -> None:
         for group, end in zip(optimizer.param_groups, whole["param_groups"]):
             other, group["fused"], end["fused"] = group["fused"] != (fused is None), fused, fused
         train(optimizer, params, N, 2 * N)
-        assert_same(everything(optimizer), whole, f"{case}", apart(optimizer, case[0], case[1]) if other else 0.0)
+        assert_same(everything(optimizer), whole, f"{case}", 2 * apart(optimizer, case[1]) if other else 0.0)
 
 
 def test_groups_that_share_a_regularizer_here_but_not_in_the_checkpoint():
@@ -343,7 +342,7 @@ class Lockstep(RuleBasedStateMachine):
     @initialize(name=st.sampled_from(sorted(registry.EVERY_RULE)), dtype=st.sampled_from(registry.DTYPES))
     def begin(self, name, dtype):
         self.make, self.seed, self.masks = registry.EVERY_RULE[name].make, 0, {}
-        self.only_groups, self.name, self.apart = name in registry.GROUP_RULES, name, 0.0
+        self.only_groups = name in registry.GROUP_RULES
         self.models = [torch.nn.ParameterList(model(dtype)) for _ in range(2)]
         self.sides = [self.make(list(m), a_reg(name), fused=f) for m, f in zip(self.models, (None, False))]
 
@@ -402,14 +401,14 @@ class Lockstep(RuleBasedStateMachine):
 
     @invariant()
     def both_sides_agree(self):
-        self.apart = max(self.apart, apart(self.sides[0], self.name, self.models[0][0].dtype))
-        assert_same(*(everything(side, fused=None) for side in self.sides), tolerance=self.apart)
+        tolerance = apart(self.sides[0], self.models[0][0].dtype)
+        assert_same(*(everything(side, fused=None) for side in self.sides), tolerance=tolerance)
         for i, (p, q) in enumerate(zip(*self.models)):
             state = self.sides[0].state.get(p, {})
             if self.masks.get(i) is not None:
                 tensors = [p.detach(), *(v for k, v in state.items() if k not in (*COUNTERS, "mask"))]
                 assert not any(bool(t[~self.masks[i]].any()) for t in tensors), f"parameter {i} left its mask"
-            if self.apart:  # by an ulp or two: together again, so that it neither adds up nor is rounded apart
+            if tolerance:  # an ulp apart: together again, so that it neither adds up nor is rounded apart
                 q.data.copy_(p.data)
                 [v.copy_(state[k]) for k, v in self.sides[1].state.get(q, {}).items()]
 

@@ -157,11 +157,12 @@ def same(got, want, atol=0.0, rtol=0.0):
     torch.testing.assert_close(got, want, rtol=rtol, atol=atol)
 
 
-def apart(case, dtype):
-    """Where norms are searched, drivers and layouts add up some squares in an order of their own, in fp32."""
-    reg = case.options["reg"]
-    if case.optimizer not in (AveragedProxSGD, ProxAdam, RAMDA) or reg is None or reg.radial is None:
+def apart(optimizer):
+    """How drivers and layouts may round where norms are searched (`registry.searches`)."""
+    groups = optimizer.param_groups
+    if not any(registry.searches(optimizer, group) for group in groups):
         return {}
+    dtype = groups[0]["params"][0].dtype
     return {"atol": 4e-6, "rtol": torch.finfo(dtype).eps if dtype.itemsize == 2 else 0.0}
 
 
@@ -272,10 +273,10 @@ class TestTorchContract(TestCase):
     @for_every_case(F32, F64, BF16, F16)
     def test_kernels_match_the_reference_with_layers_that_come_and_go(self, case, params, twins):
         missing = {2: (0, 1, 2), 3: (1,), 4: (1,), 5: (1,)}
-        # fp64: torch's roots, and sums in another order
-        within = {"atol": 1e-12} if params[0].dtype == F64 else apart(case, params[0].dtype)
         optimizer = train(params, 7, case(params), missing=missing)
         reference = train(twins, 7, case(twins, fused=False), missing=missing)
+        # fp64: torch's roots, and sums in another order
+        within = {"atol": 1e-12} if params[0].dtype == F64 else apart(optimizer)
         same(params, twins, **within)
         same([optimizer.state[p] for p in params], [reference.state[p] for p in twins], **within)
 
@@ -295,12 +296,12 @@ class TestTorchContract(TestCase):
 
     @for_every_case(F32, BF16)
     def test_memory_layout_changes_no_value_and_no_neighbour(self, case, params, twins):
-        train(twins, 3, case(twins))
+        optimizer = train(twins, 3, case(twins))
         for layout in registry.LAYOUTS if case.options["fused"] else (*registry.LAYOUTS, "gaps"):
             buffers = [Buffer(p.detach(), layout) for p in params]
             views = [Parameter(buffer.view) for buffer in buffers]
             train(views, 3, case(views))
-            same(views, twins, **apart(case, params[0].dtype))
+            same(views, twins, **apart(optimizer))
             assert all(buffer.intact() for buffer in buffers), layout
 
     @for_every_case()
@@ -422,8 +423,8 @@ class TestTorchContract(TestCase):
         twins, saved = copied(params), ROUND_TRIPS[way](optimizer.state_dict())
         before = copy.deepcopy(saved)
         (other := case(twins)).load_state_dict(saved)
-        dtype = params[0].dtype  # the option `fused` is among those that older dicts lack
-        assert_continues(optimizer, params, other, twins, **apart(case, dtype) if way == "older" else {})
+        older = way == "older"  # `fused` is among the options that it lacks
+        assert_continues(optimizer, params, other, twins, **apart(optimizer) if older else {})
         same(saved["state"], before["state"])
         assert saved["param_groups"] == before["param_groups"]
 
