@@ -8,6 +8,7 @@ than shared memory, channels_last, masks. The result is compared with the refere
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import sys
 from typing import Any
@@ -46,7 +47,13 @@ def steps(new: Any, reg: Any, dtype: torch.dtype, fused: bool) -> list[Tensor]:
 
 def main() -> int:
     wrong = 0
-    part, parts = map(int, sys.argv[1:] or (0, 1))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", type=int, nargs="?", default=0)
+    parser.add_argument("parts", type=int, nargs="?", default=1)
+    args = parser.parse_args()
+    part, parts = args.part, args.parts
+    if not 0 <= part < parts:
+        parser.error(f"PART must be from 0 to PARTS - 1 = {parts - 1}, got {part}")
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     cases = itertools.product(OURS.items(), PENALTIES.items(), dtypes)
     known = [case for case in cases if takes(case[0][0], case[1][0])]
