@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import placed
 import pytest
 import sharded as here
 import torch
@@ -76,7 +77,7 @@ def assert_close(ours, expected) -> None:
     assert ours["density"] == expected["density"]
 
 
-TENSORS = [(n, *case) for n in (2, 4) for case in here.tensor_cases(n)]
+TENSORS = [(n, *case) for n in (2, 4) for case in placed.tensor_cases(n)]
 
 
 @pytest.mark.parametrize(("n", "rule", "layout", "dtype"), TENSORS, ids=lambda v: str(v).removeprefix("torch."))
@@ -84,8 +85,8 @@ def test_every_rule_and_regularizer_steps_as_on_one_process(ranks, n, rule, layo
     """Bit for bit, given the same gradients, masks included: sums of squares run in float64, where only fp64
     parameters see the order of a sum. Penalties of the whole tensor, and norms that are searched, have kernels that
     round otherwise. None of the collectives where no group is cut."""
-    ours, expected = ranks(n)[1][rule, layout, dtype], here.tensors(rule, layout, dtype, None)
-    assert ours["collectives"] == here.collectives_of(rule, layout)
+    ours, expected = ranks(n)[1][rule, layout, dtype], placed.tensors(rule, layout, dtype, None)
+    assert ours["collectives"] == placed.collectives_of(rule, layout)
     assert ours["counts"] == expected["counts"]
     assert any(bool((p == 0).any()) for p in expected["params"])
     for a, b, s, t, exact in zip(*(found[k] for k in ("params", "state") for found in (ours, expected)), ours["exact"]):
@@ -168,27 +169,27 @@ def test_ranks_skip_a_step_together(ranks, world):
 
 
 def test_hspg_ends_with_k_groups_of_each_tensor(ranks, world):
-    expected = here.ended(None)
+    expected = placed.ended(None)
     for ours, alone in zip(ranks(world)[1]["ended"], expected, strict=True):
         assert same_bits(ours, alone)
     assert [int((GroupLasso(1.0, "in").group_norms(p) > 0).sum()) for p in expected] == [2, 1, 2, 2]
 
 
-@pytest.mark.parametrize("name", here.RIGL)
+@pytest.mark.parametrize("name", placed.RIGL)
 def test_rigl_moves_the_masks_of_whole_tensors(ranks, world, name):
-    ours, expected = ranks(world)[1]["rigl"][name], here.rigl(here.RIGL[name], None)
+    ours, expected = ranks(world)[1]["rigl"][name], placed.rigl(placed.RIGL[name], None)
     for key in ("params", "masks", "packed"):
         assert all(map(same_bits, ours[key], expected[key])), key
     assert sum(int(mask.sum()) for mask in ours["masks"]) == round(0.4 * sum(m.numel() for m in ours["masks"]))
 
 
-@pytest.mark.parametrize("name", here.CHANGES)
+@pytest.mark.parametrize("name", placed.CHANGES)
 def test_options_that_change_between_steps(ranks, world, name):
-    torch.testing.assert_close(ranks(world)[1]["changing"][name], here.changing(name, None), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ranks(world)[1]["changing"][name], placed.changing(name, None), rtol=1e-5, atol=1e-6)
 
 
 def test_a_module_that_is_made_float64_between_steps(ranks, world):
-    torch.testing.assert_close(ranks(world)[1]["turned wide"], here.turned_wide(None), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(ranks(world)[1]["turned wide"], placed.turned_wide(None), rtol=1e-12, atol=1e-13)
 
 
 def test_parameters_of_other_ranks_are_left_alone(ranks, world):
