@@ -186,6 +186,11 @@ def searches(optimizer: SparseOptimizer, group: dict[str, Any]) -> bool:
     return optimizer._rule(group).metric and radial is not None and radial.line() is not None
 
 
+def apart(optimizer: SparseOptimizer) -> float:
+    """What drivers may differ by where norms are searched, after a few steps on values of size 1."""
+    return 4e-6 if any(searches(optimizer, group) for group in optimizer.param_groups) else 0.0
+
+
 def takes(rule: str, reg: str) -> bool:
     """Whether the rule serves the regularizer: a dual asks for a convex one, a metric for a prox known in it, and a
     half-space kernel for a line."""

@@ -104,9 +104,7 @@ def assert_same(a: Any, b: Any, where: str = "", tolerance: float = 0.0) -> None
 def apart(optimizer: SparseOptimizer, dtype: torch.dtype) -> float:
     """What kernels and the reference may differ by after a step or three: fp64, by an ulp or two of torch's root and of
     a group's sum; where norms are searched, by what is summed in fp32."""
-    if dtype == torch.float64:
-        return 1e-13
-    return 4e-6 if any(registry.searches(optimizer, group) for group in optimizer.param_groups) else 0.0
+    return 1e-13 if dtype == torch.float64 else registry.apart(optimizer)
 
 
 def a_reg(rule: str) -> Any:

@@ -158,12 +158,11 @@ def same(got, want, atol=0.0, rtol=0.0):
 
 
 def apart(optimizer):
-    """How drivers and layouts may round where norms are searched (`registry.searches`)."""
-    groups = optimizer.param_groups
-    if not any(registry.searches(optimizer, group) for group in groups):
+    """How drivers and layouts may round."""
+    if not (within := registry.apart(optimizer)):
         return {}
-    dtype = groups[0]["params"][0].dtype
-    return {"atol": 4e-6, "rtol": torch.finfo(dtype).eps if dtype.itemsize == 2 else 0.0}
+    dtype = optimizer.param_groups[0]["params"][0].dtype
+    return {"atol": within, "rtol": torch.finfo(dtype).eps if dtype.itemsize == 2 else 0.0}
 
 
 def train(params, steps, *optimizers, begin=0, missing={}, sign=1):  # noqa: B006
