@@ -22,7 +22,8 @@ from compiling import Job, cancel, max_jobs, run, wait_for
 from find_torch import Torch, find_torch
 from toolchain import Cxx, Missing, Nvcc, find_cxx, find_nvcc, gencode_flags, parse_archs, skip_requested, visible_archs
 
-CPU_SOURCES = ("csrc/cpu/*.cpp", "csrc/torch/cpu_ops.cpp")
+CPU_SOURCES = ("csrc/cpu/*.cpp",)
+CPU_BINDING = ("csrc/torch/cpu_ops.cpp",)
 CUDA_SOURCES = ("csrc/cuda/*.cu",)
 CUDA_BINDING = ("csrc/torch/cuda_ops.cpp",)
 OUTPUTS = ("_C_cpu.so", "_C_cuda.so", "_build.json")
@@ -135,7 +136,8 @@ class NativeBuild:
         torch, cxx = self._torch(), find_cxx(self.env)
         self.workers = max_jobs(self.env)
         self.report.torch, self.report.cxx = torch.version, cxx.version
-        jobs = self._jobs(CPU_SOURCES, self._cxx_command(cxx, torch))
+        command = self._cxx_command(cxx)
+        jobs = [*self._jobs(CPU_SOURCES, command), *self._jobs(CPU_BINDING, [*command, *self._torch_flags(cxx, torch)])]
         libraries = [f"-L{torch.folder / 'lib'}", "-ltorch_cpu"]
         if sys.platform == "linux":  # a symbol that torch lacks shows now, not at import
             libraries = ["-Wl,--as-needed", *libraries, "-Wl,--no-undefined"]
@@ -155,7 +157,8 @@ class NativeBuild:
         self.report.nvcc = nvcc.release
         include = [f"-isystem{nvcc.include}"] if nvcc.include else []
         jobs = self._jobs(CUDA_SOURCES, self._nvcc_command(nvcc, cxx, archs))
-        jobs += self._jobs(CUDA_BINDING, [*self._cxx_command(cxx, torch), "-DUSE_CUDA", *include])
+        binding = [*self._cxx_command(cxx), *self._torch_flags(cxx, torch), "-DUSE_CUDA", *include]
+        jobs += self._jobs(CUDA_BINDING, binding)
         # aoti_torch_get_current_cuda_stream is libtorch_cuda's, which libtorch brings along.
         libraries = [f"-L{torch.folder / 'lib'}", "-Xlinker=--no-as-needed", "-ltorch"]
         libraries += ["-Xlinker=--as-needed", "-ltorch_cpu", "-ltorch_cuda", "-Xlinker=--no-undefined"]
@@ -176,11 +179,10 @@ class NativeBuild:
             raise Missing(torch.problem)
         return torch
 
-    def _cxx_command(self, cxx: Cxx, torch: Torch) -> list[str]:
+    def _cxx_command(self, cxx: Cxx) -> list[str]:
         users = self.env.get("CXXFLAGS", "").split()
-        hide = f"-ffile-prefix-map={torch.folder}=torch"  # no path of this machine in the library
-        optional = [flag for flag in (*CXX_OPTIONAL, hide) if cxx.accepts(flag)]
-        return [*cxx.command, *users, *CXX_FLAGS, *optional, *self._includes(torch)]
+        optional = [flag for flag in CXX_OPTIONAL if cxx.accepts(flag)]
+        return [*cxx.command, *users, *CXX_FLAGS, *optional, "-Icsrc"]
 
     def _nvcc_command(self, nvcc: Nvcc, cxx: Cxx, archs: list[str]) -> list[str]:
         # Spare CPUs take architectures at once, and the kernels of a file, of which one has most.
@@ -191,10 +193,12 @@ class NativeBuild:
         host = [f"-ccbin={cxx.command[0]}"] if self.env.get("CXX") else []
         return [nvcc.path, *NVCC_FLAGS, *gencode_flags(archs), *host, *parallel, "-Icsrc"]
 
-    def _includes(self, torch: Torch) -> list[str]:
-        # The version is part of the command so that an upgraded torch recompiles.
+    def _torch_flags(self, cxx: Cxx, torch: Torch) -> list[str]:
+        # The version is part of the command so that an upgraded torch recompiles. Kernels know nothing of torch.
         built_on = f'-DBREGMAN_BUILT_ON_TORCH="{torch.version}"'
-        return ["-Icsrc", f"-isystem{torch.folder / 'include'}", TARGET_VERSION, built_on]
+        hide = f"-ffile-prefix-map={torch.folder}=torch"  # no path of this machine in the library
+        flags = [f"-isystem{torch.folder / 'include'}", TARGET_VERSION, built_on]
+        return [hide, *flags] if cxx.accepts(hide) else flags
 
     def _sources(self, patterns: tuple[str, ...]) -> list[Path]:
         files = [file for pattern in patterns for file in sorted(self.root.glob(pattern))]
