@@ -71,10 +71,10 @@ def test_special_values_meet_every_other_on_both_sides(kernel_driver, rule, reg,
     emulated = kernel_driver.name == "emulated"  # slow: the other dtypes meet one penalty of each kind
     if emulated and dtype != torch.float32 and reg not in ("none", "l1", "sparse_group_out"):
         return
-    within = registry.apart(registry.EVERY_RULE[rule].make([torch.nn.Parameter(torch.ones(1, 1, 1))], registry.REGULARIZERS[reg]()))
     values = specials(dtype)
     p0, grad = (t.reshape(-1, 1, 1).clone() for t in torch.meshgrid(values, values, indexing="ij"))
     case = registry.REGULARIZERS[reg]
+    within = registry.apart(registry.EVERY_RULE[rule].make([torch.nn.Parameter(p0)], case()))
     if reg in ("group_in", "group_last", "sparse_group_in", "group_l_half", "group_mcp"):
         p0, grad = p0.reshape(1, -1), grad.reshape(1, -1)
     if reg == "group_last" and dtype.itemsize == 2:

@@ -423,7 +423,7 @@ LONG_RUNS = [("adabreg", True), ("proxsgd", False)]
 
 
 def run_long(to: Path, case: int) -> None:
-    """Writes how many tensors 10,000 steps left behind, and of each 2,500 the resident bytes and those that Python traced."""
+    """Writes how many tensors 10,000 steps left behind, and of each 2,500 the bytes: resident, and traced by Python."""
     name, fused = LONG_RUNS[case]
     params = model(torch.bfloat16, [(2, 3), (4,)])
     optimizer = registry.RULES[name].make(params, SparseGroupLasso(1e-3), fused=fused, count_nonzeros=True)
@@ -452,7 +452,8 @@ def run_long(to: Path, case: int) -> None:
 @pytest.mark.parametrize("case", range(len(LONG_RUNS)), ids=[name for name, _ in LONG_RUNS])
 def test_ten_thousand_steps_leave_no_memory_behind(case, tmp_path):
     """In a process of its own: what other tests left on the heap does not count."""
-    assert run_script("long", file := tmp_path / "left.json", case).wait(300) == 0
+    file = tmp_path / "left.json"
+    assert run_script("long", file, case).wait(300) == 0
     tensors, stretches = json.loads(file.read_text())
     # What leaks does so in every stretch; free lists and arenas do not.
     resident, traced = map(min, zip(*stretches))
@@ -496,4 +497,5 @@ def test_threads_with_an_optimizer_each_compute_what_one_does():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"resume": resume_all, "train": train_with_checkpoints, "long": run_long}[sys.argv[1]](Path(sys.argv[2]), *map(int, sys.argv[3:]))
+    work = {"resume": resume_all, "train": train_with_checkpoints, "long": run_long}[sys.argv[1]]
+    work(Path(sys.argv[2]), *map(int, sys.argv[3:]))
