@@ -149,6 +149,32 @@ def test_kinds_of_layers_that_grow(layer, consumer, x):
     assert repr(layer) == repr(type(layer)(*_arguments(layer)))
 
 
+def test_a_layer_with_several_readers_grows():
+    class Forked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.left, self.right = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1), nn.Linear(4 * 36, 2)
+
+        def forward(self, x):
+            x = self.stem(x).relu()
+            return self.left(x).mean((2, 3)) + self.right(x.flatten(1))
+
+    model, x = Forked(), torch.randn(5, 3, 8, 8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    before = model(x).detach()
+    assert grow_layer(optimizer, model.stem, [model.left, model.right], 3, outgoing="zero") == 3
+    torch.testing.assert_close(model(x), before)
+    assert (model.left.in_channels, model.right.in_features) == (7, 7 * 36)
+    model(x).sum().backward()
+    optimizer.step()
+    for consumers in ([], [model.left, model.left], [model.stem]):
+        with pytest.raises(ValueError, match="must be different modules"):
+            grow_layer(optimizer, model.stem, consumers, 1)
+    with pytest.raises(ValueError, match="the consumer has 3 inputs, the layer 7 outputs"):
+        grow_layer(optimizer, model.stem, [model.left, nn.Conv2d(3, 2, 1)], 1)
+    assert model.stem.out_channels == 7
+
+
 def _arguments(layer):
     if isinstance(layer, nn.Linear):
         return layer.in_features, 6

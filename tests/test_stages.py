@@ -71,6 +71,25 @@ def test_milestones(tensor_lr):
     assert optimizer.param_groups[1]["lr"] == 0.5 / 64
 
 
+def test_the_schedule_of_ramda():
+    """Momentum stays until it grows in the last stage; eps falls with lr (RAMDA's code)."""
+    params = model()
+    optimizer = RAMDA([{"params": params[:1]}, {"params": params[1:], "eps": 0.5}], lr=1.0, momentum=0.25, eps=1.0)
+    stages = Restarts(optimizer, milestones=[1, 2], gamma=0.5, raise_momentum=False, shrink_eps=True)
+    growth, seen = MomentumGrowth(optimizer, start=2), []
+    for epoch in range(4):
+        train(optimizer, params, 1, begin=epoch)
+        stages.step()
+        growth.step()
+        seen.append([(group["lr"], group["momentum"], group["eps"]) for group in optimizer.param_groups])
+    assert [first for first, _ in seen] == [
+        (0.5, 0.25, 0.5), (0.25, 0.25, 0.25), (0.25, 0.25, 0.25), (0.25, 0.25 * math.sqrt(2), 0.25)
+    ]  # fmt: skip
+    assert seen[-1][1] == (0.25, 0.25 * math.sqrt(2), 0.125)
+    with pytest.raises(ValueError, match="Restarts: shrink_eps=True needs RAMDA, RMDA has no eps"):
+        Restarts(RMDA(model()), milestones=[1], shrink_eps=True)
+
+
 def test_a_plateau_and_resuming_in_the_middle_of_one():
     losses = [3.0, 2.0, 2.0, 1.9999, math.nan, 1.0, 1.0, 1.0, 1.0, 0.5]
     expected = [False, False, False, False, True, False, False, False, True, False]

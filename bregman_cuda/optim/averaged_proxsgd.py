@@ -65,7 +65,7 @@ class AveragedProxSGD(SparseOptimizer):
 
     Args:
         params, reg, maximize, fused, count_nonzeros, check_finite, capturable: as in `LinBreg`.
-            Group penalties: lasso (with or without l1) and MCP.
+            Group penalties: all but `GroupEnvelope`.
         lr: eps_0 >= 0; a float or a one-element tensor. The threshold is lam / tau, without lr.
         rho: weight rho_0 of a new gradient, in (0, 1].
         beta: decay rate of the second moment, in [0, 1).

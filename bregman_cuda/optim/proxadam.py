@@ -92,7 +92,7 @@ class ProxAdam(SparseOptimizer):
 
     Args:
         params, reg, maximize, fused, count_nonzeros, check_finite, capturable: as in `LinBreg`.
-            Group penalties: lasso (with or without l1) and MCP.
+            Group penalties: all but `GroupEnvelope`.
         lr: step size >= 0; a float or a one-element tensor.
         betas, eps: as in `AdaBreg`.
         weight_decay: >= 0, decoupled as in AdamW.

@@ -87,6 +87,9 @@ class SplitLBI(SparseOptimizer):
     order is the path that `sparse_twin`, `projected`, tickets and pruning read. Gamma is not stored: it is a function
     of z. Groups with `reg=None` have no twin and take the SGD step with rate kappa lr.
 
+    z is fp32 (fp64 for fp64 parameters): where lr c falls below 2^-25 of z, as with a large mu late in a decay of lr, z
+    stands still and nothing enters any more. Begin with a larger lr or lam, or use fp64.
+
     kappa and lr are not independent: with kappa lr fixed, kappa scales lam. Without momentum, keep
     kappa lr < 2 / (curvature + 2 / mu); `stable_rate` has the sharp bounds.
 
@@ -259,6 +262,7 @@ class SplitLBI(SparseOptimizer):
     def steps_to_entry(self, param: Tensor) -> float:
         """After how many more steps the first entry (or group) enters the twin, if w and lr stay as they are.
 
+        In exact arithmetic: steps of less than 2^-25 of an fp32 dual move it no more (see the class).
         0 if something is active already, infinite where nothing moves. Reads from the device.
 
         Raises:

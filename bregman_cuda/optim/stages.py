@@ -15,6 +15,9 @@ from .rmda import RAMDA, RMDA
 class Restarts:
     """Restarts RMDA or RAMDA: lr <- gamma lr, momentum <- min(momentum / gamma, 1), and `optimizer.restart()`.
 
+    That is RMDA's schedule (Huang and Lee, ICLR 2022). RAMDA's code (NeurIPS 2024) keeps momentum until
+    `MomentumGrowth` takes over in the last stage, and makes eps smaller: `raise_momentum=False, shrink_eps=True`.
+
     A stage ends at each milestone, and, if `patience` is given, when the loss has not fallen below
     (1 - threshold) times its best for more than `patience` calls (the count begins anew with each stage).
 
@@ -24,6 +27,8 @@ class Restarts:
         gamma: factor of lr, in (0, 1].
         patience: calls without progress that are tolerated; None looks at milestones alone.
         threshold: least relative progress, in [0, 1).
+        raise_momentum: whether a new stage divides momentum by gamma.
+        shrink_eps: whether it multiplies RAMDA's eps by gamma.
 
     Raises:
         ValueError, TypeError: a parameter out of its range, or another optimizer.
@@ -42,6 +47,8 @@ class Restarts:
         gamma: float = 0.1,
         patience: int | None = None,
         threshold: float = 1e-3,
+        raise_momentum: bool = True,
+        shrink_eps: bool = False,
     ) -> None:
         _check_optimizer("Restarts", optimizer)
         check_number("Restarts", "gamma", gamma, high=1.0)
@@ -54,7 +61,10 @@ class Restarts:
             _check_count("a milestone", milestone, 1)
         if sorted({*milestones}) != [*milestones]:
             raise ValueError(f"Restarts: milestones must increase, got {[*milestones]!r}")
+        if shrink_eps and not isinstance(optimizer, RAMDA):
+            raise ValueError(f"Restarts: shrink_eps=True needs RAMDA, {type(optimizer).__name__} has no eps")
         self.optimizer, self.milestones, self.gamma = optimizer, [*milestones], float(gamma)
+        self.raise_momentum, self.shrink_eps = raise_momentum, shrink_eps
         self.patience, self.threshold = patience, float(threshold)
         self.calls, self.waited, self.best = 0, 0, math.inf
 
@@ -83,12 +93,15 @@ class Restarts:
         for group in self.optimizer.param_groups:
             if not torch.is_tensor(group["lr"]):
                 group["lr"] *= self.gamma
-            group["momentum"] = min(group["momentum"] / self.gamma, 1.0)
+            if self.raise_momentum:
+                group["momentum"] = min(group["momentum"] / self.gamma, 1.0)
+            if self.shrink_eps:
+                group["eps"] *= self.gamma
         self.optimizer.restart()
         self.waited = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers; lr and momentum are in the optimizer's."""
+        """Plain numbers; lr, momentum and eps are in the optimizer's."""
         return {"calls": self.calls, "waited": self.waited, "best": self.best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Union
 
@@ -160,14 +161,14 @@ def active_fraction(optimizer: SplitLBI, layer: Layer) -> float:
 def grow_layer(
     optimizer: SplitLBI,
     layer: Layer,
-    consumer: Layer,
+    consumer: Layer | Sequence[Layer],
     n: int,
     *,
     threshold: float = 0.0,
     norm: nn.Module | None = None,
     outgoing: Literal["zero", "random"] = "random",
 ) -> int:
-    """Widen a layer by n filters, and the layer that reads it, once enough of its filters are active.
+    """Widen a layer by n filters, and the layers that read it, once enough of its filters are active.
 
     Old weights stay in the leading block; new filters (and biases) get the layer's own initialisation, new channels of
     the norm weight 1 and bias 0. With `outgoing="zero"` the consumer's new inputs are zero and the network computes
@@ -176,7 +177,10 @@ def grow_layer(
 
     Args:
         optimizer: SplitLBI (for threshold 0 any optimizer) that holds the parameters.
-        layer, consumer: Linear or convolution, without groups; a Linear behind a flatten reads runs of inputs.
+        layer: Linear or convolution, without groups. Its output must go to the consumers alone: where it is added to
+            another layer's (a residual connection), both would have to grow.
+        consumer: the layer that reads it, or all of them; Linear or convolution, without groups. A Linear behind a
+            flatten reads runs of inputs.
         n: how many filters more, >= 1. The paper takes max(8, n_old // 10).
         threshold: from 0 to 1; nothing is done while a smaller share than this of the filters is active.
         norm: batch norm or instance norm between them.
@@ -194,18 +198,25 @@ def grow_layer(
         raise ValueError(f"grow_layer: n must be an integer >= 1, got {n!r}")
     if outgoing not in ("zero", "random"):
         raise ValueError(f"grow_layer: outgoing must be 'zero' or 'random', got {outgoing!r}")
-    for one in (layer, consumer):
+    consumers: list[Any] = [consumer] if isinstance(consumer, nn.Module) else [*consumer]
+    if not consumers or len({layer, *consumers}) != 1 + len(consumers):
+        raise ValueError("grow_layer: the layer and its consumers, one at least, must be different modules")
+    for one in (layer, *consumers):
         if not isinstance(one, (nn.Linear, _ConvNd)) or getattr(one, "groups", 1) != 1:
             raise TypeError(f"grow_layer: Linear and convolutions without groups can grow, got {one}")
     outputs = layer.weight.shape[filter_dim(layer, "weight", layer.weight)]
-    reads = consumer.weight.shape[0 if isinstance(consumer, _ConvTransposeNd) else 1]
-    run, rest = divmod(reads, outputs)
-    if rest or not run or (run > 1 and not isinstance(consumer, nn.Linear)):
-        raise ValueError(f"grow_layer: the consumer has {reads} inputs, the layer {outputs} outputs")
+    runs = []
+    for one in consumers:
+        reads = one.weight.shape[0 if isinstance(one, _ConvTransposeNd) else 1]
+        run, rest = divmod(reads, outputs)
+        if rest or not run or (run > 1 and not isinstance(one, nn.Linear)):
+            raise ValueError(f"grow_layer: the consumer has {reads} inputs, the layer {outputs} outputs")
+        runs.append(run)
     if norm is not None and (not isinstance(norm, _NormBase) or norm.num_features != outputs):
         raise TypeError(f"grow_layer: norm must be a batch or instance norm of {outputs} channels, got {norm}")
     changing: dict[str, Tensor] = {f"layer.{name}": p for name, p in layer.named_parameters(recurse=False)}
-    changing["consumer.weight"] = consumer.weight
+    of = lambda i: f"[{i}]" if len(consumers) > 1 else ""  # noqa: E731
+    changing |= {f"consumer{of(i)}.weight": one.weight for i, one in enumerate(consumers)}
     changing |= {} if norm is None else {f"norm.{name}": p for name, p in norm.named_parameters(recurse=False)}
     held = {p for group in optimizer.param_groups for p in group["params"]}
     for name, param in changing.items():
@@ -217,7 +228,8 @@ def grow_layer(
     if threshold > 0 and active_fraction(optimizer, layer) < threshold:
         return 0
     _widen(optimizer, layer, {"out_features": n, "out_channels": n})
-    _widen(optimizer, consumer, {"in_features": n * run, "in_channels": n * run}, outgoing == "zero")
+    for one, run in zip(consumers, runs):
+        _widen(optimizer, one, {"in_features": n * run, "in_channels": n * run}, outgoing == "zero")
     if norm is not None:
         _widen(optimizer, norm, {"num_features": n})
     return n
