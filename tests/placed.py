@@ -118,7 +118,8 @@ def tensor_cases(world: int) -> list[tuple[str, str, torch.dtype]]:
 
 
 def ended(place: Callable[[Tensor], Tensor] | None) -> list[Tensor]:
-    """HSPG in two phases that leave two groups per tensor, and one where a mask holds the others already."""
+    """HSPG in two phases that leave two groups per tensor, and one where a mask holds the others already; then three
+    of all of them."""
     generator = torch.Generator().manual_seed(0)
     values = [torch.randn(shape, generator=generator) for shape in SHAPES]
     params = [nn.Parameter(v if place is None else place(v)) for v in values]
@@ -130,7 +131,9 @@ def ended(place: Callable[[Tensor], Tensor] | None) -> list[Tensor]:
             grad = torch.randn(p.shape, generator=generator)
             p.grad = grad if place is None else place(grad)
         optimizer.step()
-    return [whole(p.detach()) for p in params]
+    two_each = [whole(p.detach()) for p in params]
+    optimizer.keep_top(3, scope="all")
+    return [*two_each, *(whole(p.detach()) for p in params)]
 
 
 def rigl(make: Callable[[Any], Any], place: Callable[[Tensor], Any] | None) -> dict[str, Any]:

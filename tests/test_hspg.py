@@ -138,6 +138,33 @@ def test_tensors_keep_a_number_of_groups_each(driver):
     assert [sum(alive(p)) for p in params] == [3, 2, 2, 5]
 
 
+def test_tensors_keep_a_number_of_groups_together(driver):
+    """Those of largest norm in all of a parameter group's tensors, whatever their dtypes; another group has its own."""
+    big, small, empty = nn.Parameter(torch.randn(9, 3)), nn.Parameter(torch.randn(4, 2).half()), torch.ones(4, 0)
+    other = nn.Parameter(torch.randn(5, 2))
+    groups = [
+        {"params": [big, nn.Parameter(empty), small], "reg": GroupLasso(0.0), "k": 5, "scope": "all"},
+        {"params": [other], "reg": GroupLasso(0.0), "k": 2},
+    ]
+    optimizer = HSPG(groups, 0.01, end=1, fused=None if driver.fused else False)
+    before = [p.detach().double() for p in (big, small)]
+    norms = torch.cat([p.norm(dim=1) for p in before])
+    for p in (big, small, other):
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert alive(big) + alive(small) == (norms >= norms.sort().values[-5]).tolist()
+    assert sum(alive(other)) == 2
+    optimizer.keep_top(1, scope="all")
+    assert alive(big) + alive(small) == (norms == norms.max()).tolist()
+    assert sum(alive(other)) == 1
+    optimizer.keep_top(99)
+    assert sum(alive(big) + alive(small)) == 1, "what is masked stays so"
+    with pytest.raises(ValueError, match="keep_top: scope must be 'tensor' or 'all', got 'global'"):
+        optimizer.keep_top(1, scope="global")
+    with pytest.raises(ValueError, match="HSPG: scope must be 'tensor' or 'all', got 3"):
+        HSPG([nn.Parameter(torch.ones(2, 2))], reg=GroupLasso(0.1), scope=3)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("stop", [2, 4, 5])
 def test_resume_across_the_end_is_bit_exact(driver, dtype, stop):

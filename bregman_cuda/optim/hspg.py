@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -90,7 +90,8 @@ class HSPG(SparseOptimizer):
 
     A prox alone seldom leaves few groups, and shrinks those that it leaves; the second phase removes groups and does
     not shrink toward a smaller support. Neither bounds their number: after `end` steps the k groups of largest norm of
-    every tensor stay, and the others are masked for good, as by `keep_top`. Half-space steps go on among the k.
+    every tensor (or of all together, `scope`) stay, and the others are masked for good, as by `keep_top`. Half-space
+    steps go on among the k.
 
     No step waits for the device, but under a GradScaler whose flag lies there the one that reaches `start` or `end`
     reads how many were skipped. The step at `end` sorts the norms of groups; the next one makes its plan anew.
@@ -106,6 +107,7 @@ class HSPG(SparseOptimizer):
         end: number of steps after which at most k groups per tensor are left, >= 1 and >= start; None waits for
             `keep_top()`.
         k: number of groups that a tensor keeps, >= 1 (all, if it has fewer); None: that of `reg` (`GroupEnvelope`).
+        scope: "tensor", or "all": the tensors of a parameter group keep k groups together, those of largest norm.
 
     Raises:
         ValueError, TypeError: a parameter out of its range, or end without a k; nothing was changed.
@@ -130,6 +132,7 @@ class HSPG(SparseOptimizer):
         start: int | None = None,
         end: int | None = None,
         k: int | None = None,
+        scope: Literal["tensor", "all"] = "tensor",
         *,
         maximize: bool = False,
         fused: bool | None = None,
@@ -138,7 +141,7 @@ class HSPG(SparseOptimizer):
         capturable: bool = False,
     ) -> None:
         defaults: dict[str, Any] = dict(lr=lr, reg=reg, momentum=momentum, epsilon=epsilon, start=start)
-        defaults |= dict(end=end, k=k)
+        defaults |= dict(end=end, k=k, scope=scope)
         super().__init__(params, defaults, maximize, fused, count_nonzeros, check_finite, capturable)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -160,6 +163,7 @@ class HSPG(SparseOptimizer):
         _check_count("HSPG", "start", start, "steps", 0)
         _check_count("HSPG", "end", end, "steps", 1)
         _check_count("HSPG", "k", group["k"], "groups", 1)
+        _check_scope("HSPG", group["scope"])
         if start is not None and end is not None and end < start:
             raise ValueError(f"HSPG: end must be >= start, got end={end!r}, start={start!r}")
         if reg is not None and (reg.elementwise is not None or (reg.radial is None and not hasattr(reg, "groups"))):
@@ -208,7 +212,7 @@ class HSPG(SparseOptimizer):
         return super().state_dict()
 
     @torch.no_grad()
-    def keep_top(self, k: int | None = None) -> None:
+    def keep_top(self, k: int | None = None, scope: Literal["tensor", "all"] | None = None) -> None:
         """Keep the k groups of largest norm of every tensor with a regularizer, and mask the others for good.
 
         Does not wait for the device; a sharded tensor is gathered, one at a time. Groups that were masked before stay
@@ -216,29 +220,48 @@ class HSPG(SparseOptimizer):
 
         Args:
             k: number of groups; None: that of each parameter group, or of its regularizer.
+            scope: whether every tensor keeps k, or all tensors of a parameter group together; None: as each parameter
+                group says.
 
         Raises:
-            ValueError: k is not a positive number, or None where there is none; nothing was changed.
+            ValueError: k is not a positive number, or None where there is none; another scope, or "all" for tensors
+                of which some are on other ranks alone; nothing was changed.
         """
         _check_count("keep_top", "k", k, "groups", 1)
-        self._keep_top("keep_top", self.param_groups, k)
+        if scope is not None:
+            _check_scope("keep_top", scope)
+        self._keep_top("keep_top", self.param_groups, k, scope)
 
-    def _keep_top(self, owner: str, groups: list[dict[str, Any]], k: int | None = None) -> None:
+    def _keep_top(
+        self, owner: str, groups: list[dict[str, Any]], k: int | None = None, scope: str | None = None
+    ) -> None:
         groups = [group for group in groups if group["reg"] is not None and group["params"]]
         for group in groups:
             if k is None and _most(group) is None:
                 reg = type(group["reg"]).__name__
                 raise ValueError(f"{owner}: no k for {self._describe(group, 0)}: neither its group nor {reg} has one")
+            if (scope or group["scope"]) == "all" and any(map(is_elsewhere, group["params"])):
+                raise ValueError(f"{owner}: scope='all' needs all tensors of a parameter group on every rank")
         for group in groups:
-            most = _most(group) if k is None else k
-            for param in group["params"]:
-                if not param.numel() or is_elsewhere(param):
-                    continue
-                norms = group["reg"].group_norms(gathered(param.detach()).to(reference.state_dtype(param)))
-                first = norms.flatten().argsort(descending=True, stable=True)[:most]  # ties: the same on every device
-                keep = torch.zeros(norms.numel(), dtype=torch.bool, device=norms.device).scatter_(0, first, True)
-                mask, known = keep.view(norms.shape).expand(param.shape), self.get_mask(param)
-                self.set_mask(param, (mask & gathered(known)) if known is not None else mask.contiguous())
+            params = [param for param in group["params"] if param.numel() and not is_elsewhere(param)]
+            together = [params] if (scope or group["scope"]) == "all" and params else [[param] for param in params]
+            for some in together:
+                self._keep_largest(group["reg"], some, _most(group) if k is None else k)
+
+    def _keep_largest(self, reg: Regularizer, params: list[Tensor], most: int | None) -> None:
+        """Of the groups of all these."""
+        norms = [reg.group_norms(gathered(p.detach()).to(reference.state_dtype(p))) for p in params]
+        every = torch.cat([norm.flatten().to(norms[0].device, torch.float64) for norm in norms])
+        first = every.argsort(descending=True, stable=True)[:most]  # ties: the same on every device
+        keep = torch.zeros_like(every, dtype=torch.bool).scatter_(0, first, True)
+        for param, norm, part in zip(params, norms, keep.split([norm.numel() for norm in norms])):
+            mask, known = part.to(param.device).view(norm.shape).expand(param.shape), self.get_mask(param)
+            self.set_mask(param, (mask & gathered(known)) if known is not None else mask.contiguous())
+
+
+def _check_scope(owner: str, scope: Any) -> None:
+    if scope not in ("tensor", "all"):
+        raise ValueError(f"{owner}: scope must be 'tensor' or 'all', got {scope!r}")
 
 
 def _check_count(owner: str, name: str, value: Any, what: str, least: int) -> None:
