@@ -131,7 +131,7 @@ def ended(place: Callable[[Tensor], Tensor] | None) -> list[Tensor]:
             grad = torch.randn(p.shape, generator=generator)
             p.grad = grad if place is None else place(grad)
         optimizer.step()
-    two_each = [whole(p.detach()) for p in params]
+    two_each = [whole(p.detach()).clone() for p in params]
     optimizer.keep_top(3, scope="all")
     return [*two_each, *(whole(p.detach()) for p in params)]
 
