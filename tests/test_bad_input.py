@@ -75,6 +75,8 @@ BAD_OPTIONS = [
     (LinBreg, {"reg": "l1"}, TypeError, r"reg must be None or a regularizer such as bregman_cuda.L1.*got 'l1'"),
     (LinBreg, {"reg": L1}, TypeError, r"reg must be None or a regularizer"),
     (LinBreg, {"fused": "yes"}, ValueError, r"fused must be True, False or None, got 'yes'"),
+    (LinBreg, {"maximize": "False"}, ValueError, r"LinBreg: maximize must be True or False, got 'False'"),
+    (ProxSGD, {"check_finite": None}, ValueError, r"ProxSGD: check_finite must be True or False, got None"),
     (
         LinBreg,
         {"reg": GroupLasso(0.1, "kernel"), "params": [torch.ones(3)]},
@@ -96,6 +98,22 @@ def test_bad_options_are_refused_when_made_and_when_added(optimizer, options, er
         good.add_param_group({"params": params, **options})
     assert len(good.param_groups) == 1
     assert_unchanged(good, before)
+
+
+def test_a_bad_lr_set_before_the_first_step_is_refused_by_name():
+    params = model()
+    optimizer = LinBreg(params)
+    optimizer.param_groups[0]["lr"] = "fast"
+    set_grads(params, 0)
+    with pytest.raises(TypeError, match=r"LinBreg: lr must be .*got 'fast'"):
+        optimizer.step()
+    assert not optimizer.state
+
+
+def test_a_lazy_layer_is_refused_by_number():
+    layer = torch.nn.LazyLinear(3)
+    with pytest.raises(ValueError, match=r"LinBreg: parameter 1 has no shape yet .*run a batch through"):
+        LinBreg([torch.nn.Parameter(torch.ones(2)), *layer.parameters()], reg=L1(0.1))
 
 
 @pytest.mark.parametrize(("optimizer", "options", "error", "message"), BAD_OPTIONS, ids=lambda v: str(v)[:40])

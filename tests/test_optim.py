@@ -97,6 +97,21 @@ def test_a_parameter_without_gradient_sits_out(driver):
     assert all(map(torch.equal, params, frozen))
 
 
+@pytest.mark.parametrize("change", [lambda o, ps: o.state.clear(), lambda o, ps: [o.state.pop(p) for p in ps]])
+def test_who_clears_the_state_starts_anew(driver, change):
+    params = model()
+    optimizer = AdaBreg(params, reg=L1(0.1), fused=driver.fused)
+    train(optimizer, params, 2)
+    change(optimizer, params)
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    fresh = AdaBreg(twins, reg=L1(0.1), fused=driver.fused)
+    train(optimizer, params, 2, begin=2)
+    train(fresh, twins, 2, begin=2)
+    assert all(same_bits(p.detach(), twin.detach()) for p, twin in zip(params, twins))
+    assert [int(optimizer.state[p]["step"]) for p in params] == [2, 2, 2]
+    assert len(optimizer.state_dict()["state"]) == len(params)
+
+
 def test_several_groups_each_with_its_own_options(driver):
     params = model()
     lone = model()

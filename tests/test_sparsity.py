@@ -417,3 +417,14 @@ def test_weights_are_told_once() -> None:
     """The three functions must agree on what a weight is."""
     for model, expected in zoo().values():
         assert {weight.name for weight in weight_tensors(model)} == expected
+
+
+def test_frozen_layers_stay_as_they_are():
+    model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
+    model[0].requires_grad_(False)
+    before = [p.clone() for p in model[0].parameters()]
+    report = sparse_init_(model, 0.25)
+    assert all(map(torch.equal, before, model[0].parameters()))
+    assert int(torch.count_nonzero(model[2].weight)) == 6
+    assert "frozen (requires_grad=False), so left as they are: 0.weight" in report.notes
+    assert [row.reason for row in report.dense if row.name == "0.weight"] == ["frozen"]

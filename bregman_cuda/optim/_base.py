@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from ..reference import state_dtype
 from ..regularizers import Regularizer
@@ -87,6 +88,9 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     def _check_options(self, group: dict[str, Any]) -> None:
         owner, reg = type(self).__name__, group["reg"]
+        for flag in ("maximize", "count_nonzeros", "check_finite", "capturable"):
+            if group[flag] not in (True, False):
+                raise ValueError(f"{owner}: {flag} must be True or False, got {group[flag]!r}")
         check_lr(owner, group["lr"], group["capturable"])
         if reg is not None and not isinstance(reg, Regularizer):
             raise TypeError(f"{owner}: reg must be None or a regularizer such as bregman_cuda.L1(lam=0.1), got {reg!r}")
@@ -114,6 +118,10 @@ class SparseOptimizer(torch.optim.Optimizer):
         if reg is not None and self._rule(group).metric and (why := reg.why_not_weighted()):
             raise ValueError(f"{owner}: every weight has a step size of its own here, and {why}")
         for index, param in enumerate(group["params"]):
+            if is_lazy(param):
+                raise ValueError(
+                    f"{owner}: parameter {index} has no shape yet (a lazy layer); run a batch through the model first"
+                )
             if not param.is_floating_point():
                 raise TypeError(
                     f"{owner}: {self._describe(group, index)} has dtype {param.dtype}; "
@@ -218,6 +226,8 @@ class SparseOptimizer(torch.optim.Optimizer):
     def _only_initialises(self) -> bool:
         """Whether this first step has lr = 0 and zero gradients: torch.distributed.checkpoint makes one to create the
         state that it then loads. Parameters stay as they are; prox(delta * dual) would round them."""
+        for group in self.param_groups:
+            self._check_options(group)
         if any(float(group["lr"]) != 0 for group in self.param_groups):
             return False
         grads = [local(p.grad) for p in self._params()]
@@ -280,7 +290,8 @@ class SparseOptimizer(torch.optim.Optimizer):
         key = (active, self._rule(group).name, kind, group["fused"], group["capturable"])
         stepped = params if len(active) == len(params) else [params[i] for i in active]
         known, where = self._plans.get(number), pointers(stepped, self._sharded)
-        if known is not None and known[0] == key and known[1].pointers == where and known[1].is_current():
+        ends = [self.state.get(stepped[place]) for place in (0, -1)]
+        if known is not None and known[0] == key and known[1].pointers == where and known[1].is_current(ends):
             return known[1]
         if is_capturing():
             raise RuntimeError(
@@ -385,7 +396,7 @@ class SparseOptimizer(torch.optim.Optimizer):
     def _buckets(self) -> Iterator[tuple[dict[str, Any], Bucket]]:
         """The buckets of the current plans, each with its parameter group."""
         for number, (_, plan) in self._plans.items():
-            for bucket in plan.buckets if plan.is_current() else ():
+            for bucket in plan.buckets if plan.is_current(plan.ends) else ():
                 yield self.param_groups[number], bucket
 
     def _forget_plans(self) -> None:

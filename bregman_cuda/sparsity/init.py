@@ -65,6 +65,7 @@ def sparse_init_(
     elements (or groups) of a weight, and the scale follows the density reached. Along each nn.Sequential at least
     one path of non-zero weights leads from its input to its output (one kept element or group moves, if need be).
     Paths are told by channel, not by pixel, and a ReLU may still close one: the report says how many outputs are live.
+    Frozen weights (requires_grad=False), and their biases, stay as they are.
 
     Args:
         model: its weights may have any floating dtype, device and memory format.
@@ -125,10 +126,12 @@ def _plan(
     before_norm = paths.before_norm(model)
     checked = []
     for weight, share, grouping in zip(weights, densities, groupings, strict=True):
-        if share is not None:
+        if share is not None and weight.tensor.requires_grad:
             _check_density(weight, share)
             checked.append((weight, share, _dims(weight, grouping), _bias(weight, bias, before_norm)))
     notes: list[str] = []
+    if frozen := [weight.name for weight in weights if not weight.tensor.requires_grad]:
+        notes.append(f"frozen (requires_grad=False), so left as they are: {', '.join(frozen)}")
     layers = [_draw(*one, gain, generator, notes) for one in checked]
     return layers, notes
 

@@ -92,7 +92,8 @@ def left_dense(model: nn.Module) -> list[DenseTensor]:
     dense = []
     for name, parameter in named_tensors(model):
         default = "source of a parametrization" if "parametrizations." in name else "no weight of a layer told here"
-        reason = "as asked" if parameter in weights else reasons.get(parameter, default)
+        asked = "as asked" if parameter.requires_grad else "frozen"
+        reason = asked if parameter in weights else reasons.get(parameter, default)
         if parameter not in weights or int(torch.count_nonzero(parameter)) == parameter.numel():
             dense.append(DenseTensor(name, tuple(parameter.shape), parameter.numel(), reason))
     return dense
