@@ -121,6 +121,12 @@ driver = pytest.fixture(scope="module", params=["reference", "cpu", "emulated"],
 kernel_driver = pytest.fixture(scope="module", params=["cpu", "emulated"], name="kernel_driver")(_driver)
 
 
+@pytest.fixture(scope="module")
+def cpu_kernels() -> None:
+    if _backend._load("cpu")[0] is None:
+        missing(f"the CPU kernels are missing: {_backend._load('cpu')[1]}")
+
+
 @pytest.fixture(autouse=True)
 def _repeatable(request: pytest.FixtureRequest) -> Iterator[None]:
     """Random numbers that depend on the test alone, so that a red run is red again; and one thread: tensors here are

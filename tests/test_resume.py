@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
-import gc
 import io
 import itertools
-import json
 import os
 import re
 import signal
@@ -15,11 +13,9 @@ import subprocess
 import sys
 import threading
 import time
-import tracemalloc
 from pathlib import Path
 from typing import Any
 
-import conftest
 import harness
 import pytest
 import registry
@@ -41,7 +37,6 @@ from bregman_cuda import (
     ProxSGD,
     SparseGroupLasso,
     SparseOptimizer,
-    _backend,
 )
 from bregman_cuda.optim._rule import COUNTERS
 
@@ -53,13 +48,7 @@ PHASES = {"hspg": {"start": 2, "end": 4, "k": 2}}  # the first before the checkp
 N, MASK = 3, torch.arange(30).view(6, 5) % 3 > 0
 CHANGED = [None, L1(0.2), ElasticNet(0.1, 0.5), GroupLasso(0.1, (0,)), SparseGroupLasso(0.2, 0.5, (-1,), "none")]
 RATES = [0.0, 0.01, 0.3, torch.tensor(0.1)]
-STATM = Path("/proc/self/statm")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _kernels() -> None:
-    if _backend._load("cpu")[0] is None:
-        conftest.missing(f"the CPU kernels are missing: {_backend._load('cpu')[1]}")
+pytestmark = pytest.mark.usefixtures("cpu_kernels")
 
 
 def model(dtype: torch.dtype = torch.float32, shapes: Any = SHAPES) -> list[Parameter]:
@@ -416,50 +405,7 @@ Lockstep.TestCase.settings = settings(max_examples=25, stateful_step_count=15, d
 TestLockstep = Lockstep.TestCase
 
 
-# Long runs, and threads
-
-
-LONG_RUNS = [("adabreg", True), ("proxsgd", False)]
-
-
-def run_long(to: Path, case: int) -> None:
-    """Writes how many tensors 10,000 steps left behind, and of each 2,500 the bytes: resident, and traced by Python."""
-    name, fused = LONG_RUNS[case]
-    params = model(torch.bfloat16, [(2, 3), (4,)])
-    optimizer = registry.RULES[name].make(params, SparseGroupLasso(1e-3), fused=fused, count_nonzeros=True)
-
-    def tensors() -> int:
-        return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
-
-    def run(steps: int) -> tuple[int, int]:
-        for i in range(steps):
-            for p in params:
-                p.grad = None if i % 10 == 0 and p is params[0] else torch.ones_like(p)  # other plans at times
-            optimizer.step()
-        gc.collect()
-        resident = int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if STATM.exists() else 0
-        return resident, tracemalloc.get_traced_memory()[0]
-
-    run(500)
-    before = tensors()  # not between stretches: a list of all objects leaves holes in the heap, and the next one more
-    tracemalloc.start(1)
-    marks = [run(500)] + [run(2_500) for _ in range(4)]
-    assert int(optimizer.state[params[1]]["step"]) == 11_000
-    stretches = [[end - begin for begin, end in zip(a, b)] for a, b in zip(marks, marks[1:])]
-    to.write_text(json.dumps([tensors() - before, stretches]))
-
-
-@pytest.mark.parametrize("case", range(len(LONG_RUNS)), ids=[name for name, _ in LONG_RUNS])
-def test_ten_thousand_steps_leave_no_memory_behind(case, tmp_path):
-    """In a process of its own: what other tests left on the heap does not count."""
-    file = tmp_path / "left.json"
-    assert run_script("long", file, case).wait(300) == 0
-    tensors, stretches = json.loads(file.read_text())
-    # What leaks does so in every stretch; free lists and arenas do not.
-    resident, traced = map(min, zip(*stretches))
-    assert tensors == 0
-    assert resident < 1e6, f"400 bytes a step: {stretches}"
-    assert traced < 1.5e4, f"6 bytes a step: {stretches}"
+# Large counts, and threads
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -497,5 +443,5 @@ def test_threads_with_an_optimizer_each_compute_what_one_does():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    work = {"resume": resume_all, "train": train_with_checkpoints, "long": run_long}[sys.argv[1]]
+    work = {"resume": resume_all, "train": train_with_checkpoints}[sys.argv[1]]
     work(Path(sys.argv[2]), *map(int, sys.argv[3:]))

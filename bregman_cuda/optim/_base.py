@@ -290,8 +290,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         key = (active, self._rule(group).name, kind, group["fused"], group["capturable"])
         stepped = params if len(active) == len(params) else [params[i] for i in active]
         known, where = self._plans.get(number), pointers(stepped, self._sharded)
-        ends = [self.state.get(stepped[place]) for place in (0, -1)]
-        if known is not None and known[0] == key and known[1].pointers == where and known[1].is_current(ends):
+        if known is not None and known[0] == key and known[1].pointers == where and known[1].is_current(self.state):
             return known[1]
         if is_capturing():
             raise RuntimeError(
@@ -396,7 +395,7 @@ class SparseOptimizer(torch.optim.Optimizer):
     def _buckets(self) -> Iterator[tuple[dict[str, Any], Bucket]]:
         """The buckets of the current plans, each with its parameter group."""
         for number, (_, plan) in self._plans.items():
-            for bucket in plan.buckets if plan.is_current(plan.ends) else ():
+            for bucket in plan.buckets if plan.is_current(self.state) else ():
                 yield self.param_groups[number], bucket
 
     def _forget_plans(self) -> None:

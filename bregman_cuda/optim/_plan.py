@@ -329,7 +329,7 @@ class GroupPlan:
             served = {key[-1] for key in split}
             live, cut = (any(key[place] for key in split) for place in (-3, -2))
             split = {(live, cut, None if None in served else served.pop()): sorted(chain(*split.values()))}
-        self.ends = [optimizer.state.get(params[active[place]]) for place in (0, -1)]
+        self.ends = [(param, optimizer.state.get(param)) for param in (params[active[0]], params[active[-1]])]
         for (*_, live, cut, kernels), positions in split.items():
             states = [optimizer.state[params[active[k]]] for k in positions]
             chosen = [local(params[active[k]]) for k in positions]
@@ -342,10 +342,10 @@ class GroupPlan:
             else:
                 self.buckets.append(FusedBucket(kernels, reg, rule, chosen, states, positions, live))
 
-    def is_current(self, ends: list[Any]) -> bool:
-        """See `Bucket.is_current`; and whether the states of the first and the last tensor are those of the optimizer,
-        which somebody may have cleared."""
-        same = all(known is now for known, now in zip(self.ends, ends))
+    def is_current(self, state: dict[Any, Any]) -> bool:
+        """See `Bucket.is_current`; and whether the optimizer still has the states of its first and last tensor, which
+        somebody may have cleared."""
+        same = all(state.get(param) is known for param, known in self.ends)
         return same and all(bucket.is_current() for bucket in self.buckets)
 
     def run(self, group: dict[str, Any], grads: list[Tensor], amp: Amp) -> None:

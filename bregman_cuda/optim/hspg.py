@@ -104,8 +104,8 @@ class HSPG(SparseOptimizer):
         epsilon: in [0, 1); larger removes more.
         start: number of steps after which half-space steps begin; None waits for `half_space()`. Steps that a
             GradScaler skips do not count; compiled and captured ones cannot, and are refused before `start` and `end`.
-        end: number of steps after which at most k groups per tensor are left, >= 1 and >= start; None waits for
-            `keep_top()`.
+        end: number of steps after which at most k groups per tensor (see `scope`) are left, >= 1 and >= start; None
+            waits for `keep_top()`.
         k: number of groups that a tensor keeps, >= 1 (all, if it has fewer); None: that of `reg` (`GroupEnvelope`).
         scope: "tensor", or "all": the tensors of a parameter group keep k groups together, those of largest norm.
 
