@@ -43,8 +43,16 @@ def make_params(sizes: list[shapes.Shape], device: str, dtype: torch.dtype, seed
     torch.manual_seed(seed)
     params = [torch.nn.Parameter(torch.randn(s, device=device).mul_(0.02).to(dtype)) for s in sizes]
     for p in params:
-        p.grad = torch.randn_like(p).mul_(0.01)
+        p.grad = torch.empty_like(p)
+    draw_gradients(params)
     return params
+
+
+def draw_gradients(params: list[Tensor]) -> None:
+    """New random gradients, in place. With the same ones for all steps, second moments would be their squares and sums of
+    gradients grow without end, and searches for norms, whose cost depends on data, meet what no training has."""
+    for p in params:
+        p.grad.normal_(0, 0.01)
 
 
 def clones(params: list[Tensor]) -> list[Tensor]:
@@ -89,7 +97,13 @@ def turn(step: Callable[[], Any], number: int, device: str) -> float:
     return (clock() - start) / number
 
 
-def race(steps: dict[str, Callable[[], Any]], device: str, seconds: float, least: int = 3) -> dict[str, list[float]]:
+def race(
+    steps: dict[str, Callable[[], Any]],
+    device: str,
+    seconds: float,
+    least: int = 3,
+    before_round: Callable[[], Any] = lambda: None,
+) -> dict[str, list[float]]:
     """Rounds in which every step has one turn, in a new order each, until the time is up."""
     numbers = {}
     for name, step in steps.items():
@@ -103,6 +117,8 @@ def race(steps: dict[str, Callable[[], Any]], device: str, seconds: float, least
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times[order[0]]) < least:
         shuffle(order)
+        before_round()
+        wait(device)
         for name in order:
             times[name].append(turn(steps[name], numbers[name], device))
     return times
@@ -164,7 +180,7 @@ def compare(
     optimizers = {c.name: c.make(params if c.shared else clones(params)) for c in contestants}
     steps: dict[str, Callable[[], Any]] = {name: o.step for name, o in optimizers.items()}
     copy = make_copy(shapes.numel(sizes), device)
-    times = race({**steps, COPY: copy}, device, seconds)
+    times = race({**steps, COPY: copy}, device, seconds, before_round=lambda: draw_gradients(params))
     yardstick = times.get(YARDSTICK)
     for name, result in results.items():
         result.seconds = times[name]

@@ -22,24 +22,22 @@ def square_root(x: Tensor) -> Tensor:
 
 
 def cube_root(x: Tensor) -> Tensor:
-    """The cube root of fp32 or fp64 numbers, within 0.97 ulp: the twin of csrc/math/hd.h, operation by operation."""
+    """The cube root of sums of squares, fp32 or fp64: the twin of csrc/math/hd.h, operation by operation.
+
+    Within 0.74 ulp from 2^-90 to 2^125 (fp64: 2^-900 to 2^1021); near zero that of 2^-120 (2^-960), above 2^127 (2^1023)
+    the number itself.
+    """
     wide = x.dtype == torch.float64
-    tiny, up, root_up = (2.0**-900, 2.0**300, 2.0**100) if wide else (2.0**-100, 2.0**48, 2.0**16)
-    size = torch.where(x < 0, -x, x)
-    one = torch.ones_like(x)
-    scale = torch.where(size < tiny, one * up, torch.where(size > 1 / tiny, one / up, one))
-    unscale = torch.where(size < tiny, one / root_up, torch.where(size > 1 / tiny, one * root_up, one))
-    a = size * scale
+    a = x + (2.0**-960 if wide else 2.0**-120)
     if wide:
         t = (((a.view(torch.int64) >> 32) // 3 + 715094163) << 32).view(torch.float64)
     else:
-        t = (a.view(torch.int32) // 3 + 709921077).view(torch.float32)
-    for _ in range(3 if wide else 2):
+        t = (a.view(torch.int32).float() * (1 / 3) + 709950000.0).to(torch.int32).view(torch.float32)
+    for _ in range(2 if wide else 1):
         cube = t * t * t
         t = t + t * ((a - cube) / (cube + cube + a))
-    t = t * unscale
-    t = torch.where(x < 0, -t, t)
-    return torch.where((size > 0) & (size <= torch.finfo(x.dtype).max), t, x)
+    t = t - (t - a / (t * t)) * (1 / 3)
+    return torch.where(x <= (2.0**1023 if wide else 2.0**127), t, x)
 
 
 def clamp(x: Tensor, low: Tensor, high: Tensor) -> Tensor:

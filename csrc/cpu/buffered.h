@@ -114,6 +114,27 @@ void run_separable_buffered(const PlanView& plan, const Item& item, const void* 
   counts[1] = 0;
 }
 
+// What the next tile will read, asked for while this one is searched, which reads no memory: its gradient and first two
+// slots. Its rows lie like this one's.
+struct Ahead {
+  const char* at[3];
+  int64_t size[3], row_stride;  // bytes of an element; elements
+
+  Ahead() = default;
+  template <class Rule, class T>
+  Ahead(const Arrays<Rule, T>& a, int64_t begin, int64_t row_stride) : row_stride(row_stride) {
+    static_assert(Rule::kStateSlots >= 2);
+    set(0, a.grad + begin);
+    set(1, a.slot0 + begin);
+    set(2, a.slot1 + begin);
+  }
+  template <class T>
+  void set(int stream, const T* begin) {
+    at[stream] = reinterpret_cast<const char*>(begin);
+    size[stream] = int64_t(sizeof(T));
+  }
+};
+
 // Points in rows of columns; a long run of one group is folded into such rows, and a last one.
 template <class C>
 struct Matrix {
@@ -177,12 +198,62 @@ BREGMAN_LOOP void add_moments(const Matrix<C> m, const Line<C> line, const C* __
   }
 }
 template <class C>
-BREGMAN_LOOP void move_up(C* __restrict__ few, int64_t n, double* __restrict__ sums) {
+BREGMAN_LOOP void move_up(const C* __restrict__ few, int64_t n, double* __restrict__ sums) {
 #pragma GCC ivdep
-  for (int64_t j = 0; j < n; ++j) {
-    sums[j] += double(few[j]);
-    few[j] = C(0);
+  for (int64_t j = 0; j < n; ++j) sums[j] += double(few[j]);
+}
+
+// Numbers of a vector register, as a type: sums over many rows stay in registers, where GCC would store them.
+template <class C>
+struct Wide {
+#if defined(BREGMAN_AVX512)
+  static constexpr int kBytes = 64;
+#elif defined(BREGMAN_FMA)
+  static constexpr int kBytes = 32;
+#else
+  static constexpr int kBytes = 16;
+#endif
+  typedef C type __attribute__((vector_size(kBytes)));
+  static constexpr int64_t kCount = kBytes / int64_t(sizeof(C));
+  BREGMAN_HD static type load(const C* from) {
+    type value;
+    std::memcpy(&value, from, sizeof(value));
+    return value;
   }
+  BREGMAN_HD static void store(C* to, const type& value) { std::memcpy(to, &value, sizeof(value)); }
+};
+
+// The same for lines without slope, at norms other than zero, with the sums of all rows in registers. kFetch: meanwhile
+// asks for the next tile.
+template <bool kFetch, class C>
+BREGMAN_LOOP void add_level_moments(const Matrix<C> m, C level, const C* __restrict__ norms, C* __restrict__ a,
+                                    C* __restrict__ b, C* __restrict__ c, const Ahead& ahead, int64_t row) {
+  using W = Wide<C>;
+  int64_t j = 0;
+  for (; j + W::kCount <= m.columns; j += W::kCount) {
+    const C *z = m.z + j, *scales = m.scales + j;
+    const auto t = W::load(norms + j);
+    Moments<typename W::type> sums{};
+    for (int64_t r = 0; r < m.rows; ++r, z += m.columns, scales += m.columns) {
+      if constexpr (kFetch)
+        for (int k = 0; k < 3; ++k)
+          __builtin_prefetch(ahead.at[k] + ((row + r) * ahead.row_stride + j) * ahead.size[k], 0, 2);
+      const auto terms = level_terms(W::load(z), W::load(scales), t, level);
+      sums.a += terms.a;
+      sums.b += terms.b;
+      sums.c += terms.c;
+    }
+    W::store(a + j, sums.a);
+    W::store(b + j, sums.b);
+    W::store(c + j, sums.c);
+  }
+  for (; j < m.columns; ++j)
+    for (int64_t r = 0; r < m.rows; ++r) {
+      const auto terms = level_terms(m.z[r * m.columns + j], m.scales[r * m.columns + j], norms[j], level);
+      a[j] += terms.a;
+      b[j] += terms.b;
+      c[j] += terms.c;
+    }
 }
 
 // The squares of rows of n parameters as they are before the step.
@@ -249,7 +320,7 @@ class BufferedGroups {
   void shrink(Scale scale, const Penalty<C>& k) {
     clear();
     for_parts([&](const Matrix<C>& m) { add_squares(m, sums_); });
-    sum_rows(sums_, row_, count_, totals_);
+    total(1);
     radial_factors(totals_, count_, scale, k, group_);
     spread(group_, row_, count_, spread_);
     for_parts([&](const Matrix<C>& m) { scale_points(m, spread_); });
@@ -258,7 +329,7 @@ class BufferedGroups {
   // In the metric of the scales. add_old(first, rows, n, sums) adds the squares of the old parameters to the sums of
   // columns, for rows of n columns that lie like `rows` from the tile's element `first` on.
   template <class AddOld>
-  void shrink_in_metric(const Line<C>& line, const Rows& rows, AddOld add_old) {
+  void shrink_in_metric(const Line<C>& line, const Rows& rows, AddOld add_old, const Ahead& ahead) {
     double* norms = totals_ + 3 * count_;
     clear();
     if (folds_) {
@@ -268,14 +339,14 @@ class BufferedGroups {
     } else {
       add_old(0, rows, columns_, sums_);
     }
-    sum_rows(sums_, row_, count_, totals_);
+    total(1);
     for (int64_t g = 0; g < count_; ++g) {
       norms[g] = root_start<C>(totals_[g]);
       search_[g] = Search::begun;
     }
     int64_t left = count_;
     for (int step = 0; step < kRootSteps && left; ++step) {
-      visit_root(norms, line);
+      visit_root(norms, line, step == 0 ? &ahead : nullptr);
       for (int64_t g = 0; g < count_; ++g) {
         if (search_[g] == Search::settled) continue;
         norms[g] = root_step<C>(double(group_[g]), {totals_[g], totals_[count_ + g], totals_[2 * count_ + g]}, search_[g]);
@@ -332,7 +403,9 @@ class BufferedGroups {
     clear();
   }
   void total(int how_many) {
-    for (int m = 0; m < how_many; ++m) sum_rows(sums_ + m * columns_, row_, count_, totals_ + m * count_);
+    for (int m = 0; m < how_many; ++m)
+      if (folds_) totals_[m] = sum_lanes<kFold>(sums_ + m * columns_);
+      else sum_rows(sums_ + m * columns_, row_, count_, totals_ + m * count_);
   }
   // The sums of each group, of terms that depend on a number of its own.
   template <class Terms>
@@ -341,14 +414,20 @@ class BufferedGroups {
     for_parts([&](const Matrix<C>& m) { add_pairs(m, terms, spread_, sums_, sums_ + columns_); });
     total(2);
   }
-  void visit_root(const double* norms, const Line<C>& line) {
-    constexpr int64_t kFew = 32;  // rows
+  // The sums of a step from the norms, a few rows of type C at a time.
+  void visit_root(const double* norms, const Line<C>& line, const Ahead* ahead) {
+    constexpr int64_t kFew = 64;
     set(norms);
-    for (int64_t j = 0; j < 3 * columns_; ++j) few_[j] = C(0);
+    bool level = line.slope == C(0);
+    for (int64_t g = 0; g < count_; ++g) level &= group_[g] > positive_scale(C(0));
+    C *a = few_, *b = few_ + columns_, *c = few_ + 2 * columns_;
     for_parts([&](const Matrix<C>& m) {
       for (int64_t r = 0; r < m.rows; r += kFew) {
         const Matrix<C> part{m.z + r * m.columns, m.scales + r * m.columns, std::min(kFew, m.rows - r), m.columns};
-        add_moments(part, line, spread_, few_, few_ + columns_, few_ + 2 * columns_);
+        for (int64_t j = 0; j < 3 * columns_; ++j) few_[j] = C(0);
+        if (!level) add_moments(part, line, spread_, a, b, c);
+        else if (ahead) add_level_moments<true>(part, line.level, spread_, a, b, c, *ahead, r);
+        else add_level_moments<false>(part, line.level, spread_, a, b, c, {}, r);
         move_up(few_, 3 * columns_, sums_);
       }
     });
@@ -389,7 +468,9 @@ struct PointGroups : TileOf<Rule, T> {
       auto add_old = [&](int64_t first, const Rows& part, int64_t n, double* sums) {
         add_old_squares(a, base + first, part, n, sums);
       };
-      if (straight) groups.shrink_in_metric(line, this->all_rows(), add_old);
+      const bool run = rows == 1 && count == 1;
+      const Ahead ahead(a, base + columns, run ? BufferedGroups<C>::kFold : this->row_stride);
+      if (straight) groups.shrink_in_metric(line, this->all_rows(), add_old, ahead);
       else groups.shrink_along(k.radial, C(t.weight));
     } else if constexpr (Rule::kHalfSpace) {
       groups.project(line, k.h.lr, k.h.epsilon);

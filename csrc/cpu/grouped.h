@@ -135,8 +135,9 @@ BREGMAN_LOOP int32_t finish_streamed(const Arrays<Rule, T> a, int64_t base, cons
   return count;
 }
 
-inline double sum_lanes(double* lanes) {
-  for (int half = kLanes / 2; half > 0; half /= 2)
+template <int kCount = kLanes>
+double sum_lanes(double* lanes) {
+  for (int half = kCount / 2; half > 0; half /= 2)
     for (int m = 0; m < half; ++m) lanes[m] += lanes[m + half];
   return lanes[0];
 }

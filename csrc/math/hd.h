@@ -91,18 +91,15 @@ BREGMAN_HD C inverse_root(C x) {
   return y;
 }
 
-// Cube root of any number, within 0.97 ulp (measured, fp32 and fp64), without a branch or a library call:
-// the same bits on every host and device. A third of the exponent is a first guess to 4%; each Halley step cubes its
-// error. Very small and very large numbers are scaled, so that neither cubes nor guesses leave the normal range.
+// Cube root of a sum of squares, without a branch or a library call: the same bits on every host and device, in few
+// operations, as its loops wait for them. A third of the exponent is a first guess to 4%; Halley's step cubes the error
+// (twice in fp64), Newton's squares it. Within 0.74 ulp (measured) from 2^-90 to 2^125, and a thousandth up to 2^127; a
+// 2^-120 that is added keeps the guess a normal number at and near zero, what is larger counts as infinite. fp64: with
+// 2^-960, from 2^-900 to 2^1021.
 template <class C>
 BREGMAN_HD C cube_root(C x) {
   constexpr bool kWide = sizeof(C) == 8;
-  constexpr C kTiny = C(kWide ? 0x1p-900 : 0x1p-100), kHuge = C(kWide ? 0x1p900 : 0x1p100);
-  constexpr C kUp = C(kWide ? 0x1p300 : 0x1p48), kRootUp = C(kWide ? 0x1p100 : 0x1p16);
-  const C size = x < C(0) ? -x : x;
-  const C scale = select(size < kTiny, kUp, select(size > kHuge, C(1) / kUp, C(1)));
-  const C unscale = select(size < kTiny, C(1) / kRootUp, select(size > kHuge, kRootUp, C(1)));
-  const C a = size * scale;
+  const C a = x + C(kWide ? 0x1p-960 : 0x1p-120);
   C t;
   if constexpr (kWide) {
     uint64_t bits;
@@ -110,19 +107,17 @@ BREGMAN_HD C cube_root(C x) {
     bits = uint64_t(uint32_t(bits >> 32) / 3 + 715094163u) << 32;
     __builtin_memcpy(&t, &bits, sizeof(bits));
   } else {
-    uint32_t bits;
+    int32_t bits;
     __builtin_memcpy(&bits, &a, sizeof(bits));
-    bits = bits / 3 + 709921077u;
+    bits = int32_t(float(bits) * (1.0f / 3) + 709950000.0f);  // fewer instructions than a division of integers
     __builtin_memcpy(&t, &bits, sizeof(bits));
   }
-  for (int step = 0; step < (kWide ? 3 : 2); ++step) {
+  for (int step = 0; step < (kWide ? 2 : 1); ++step) {
     const C cube = t * t * t;
     t = t + t * ((a - cube) / (cube + cube + a));
   }
-  t = t * unscale;
-  t = x < C(0) ? -t : t;
-  // Zero, infinity and NaN are their own roots.
-  return select((size > C(0)) & (size <= C(std::numeric_limits<C>::max())), t, x);
+  t = t - (t - a / (t * t)) * C(1.0 / 3);
+  return select(x <= C(kWide ? 0x1p1023 : 0x1p127), t, x);  // NaN is its own root
 }
 
 template <class C>
