@@ -11,7 +11,17 @@ from harness import same_bits
 from small import NoReads
 from torch import nn
 
-from bregman_cuda import HSPG, L1, GroupEnvelope, GroupLasso, GroupMCP, ProxSGD, SparseGroupLasso, param_groups
+from bregman_cuda import (
+    HSPG,
+    L1,
+    GroupEnvelope,
+    GroupLasso,
+    GroupLHalf,
+    GroupMCP,
+    ProxSGD,
+    SparseGroupLasso,
+    param_groups,
+)
 from bregman_cuda.experiments.data import digits
 from bregman_cuda.optim import hspg
 
@@ -340,3 +350,18 @@ def test_a_compiled_step_does_not_ignore_start_and_end():
         optimizer = HSPG([p], 0.1, GroupLasso(0.1), **options)
         with pytest.raises(Exception, match=rf"call {call} when it is time"):
             torch.compile(optimizer.step, fullgraph=True, backend="eager")()
+
+
+@pytest.mark.parametrize("reg", [GroupLHalf(0.1), GroupEnvelope(0.1, 2)], ids=lambda reg: type(reg).__name__)
+def test_a_compiled_half_space_step_without_kernels_is_refused(reg):
+    """The kernels know slopes that are lines alone, and would take any other for one."""
+    p = nn.Parameter(torch.ones(4, 4))
+    p.grad = torch.ones(4, 4)
+    optimizer = HSPG([p], 0.1, reg, start=0)
+    torch._dynamo.reset()
+    with pytest.raises(
+        Exception,
+        match=f"compiled step runs kernels, but the half-space step has no kernels for {reg.__class__.__name__}",
+    ):
+        torch.compile(optimizer.step, fullgraph=True, backend="aot_eager")()
+    assert torch.equal(p.detach(), torch.ones(4, 4))
