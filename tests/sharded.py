@@ -317,7 +317,7 @@ def elsewhere(rank: int, world: int) -> int:
     optimizer.step()
     optimizer.step()
     for kind in (ProxSGD, HSPG):
-        with pytest.raises(ValueError, match=f"{kind.__name__}: GroupEnvelope: k is shared .* or lie on other ranks"):
+        with pytest.raises(ValueError, match=f"{kind.__name__}: GroupEnvelope: k is shared .* differ in .* or ranks"):
             kind(params, reg=GroupEnvelope(0.1, 2, "in", scope="all"))
     with pytest.raises(ValueError, match="keep_top: scope='all' needs all tensors of a parameter group on every rank"):
         HSPG(params, reg=GroupLasso(0.1, "in")).keep_top(1, scope="all")

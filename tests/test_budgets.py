@@ -324,7 +324,9 @@ def test_tensors_of_other_dtypes_or_devices_are_refused(kind):
     apart = [*params, torch.nn.Parameter(torch.ones(4, 2, device="meta"))]
     other, owner = kind(model([(3, 2)]), lr=0.1), kind.__name__
     for bad in (mixed, apart):
-        with pytest.raises(ValueError, match=rf"{owner}: GroupEnvelope: k is shared .* differ in dtype or device"):
+        with pytest.raises(
+            ValueError, match=rf"{owner}: GroupEnvelope: k is shared .* differ in dtype, device or ranks"
+        ):
             kind(bad, lr=0.1, reg=reg)
         with pytest.raises(ValueError, match=rf"{owner}: GroupEnvelope: k is shared"):
             other.add_param_group({"params": bad, "reg": reg})

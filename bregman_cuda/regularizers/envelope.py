@@ -37,8 +37,8 @@ class GroupEnvelope(Grouped):
         weight: d_G. "none" (1), "sqrt_size" (as w_G in `GroupLasso`), or a tuple of numbers > 0, one per group in
             index order (in plain torch; copied to the device each time).
         scope: "tensor", each tensor has a k of its own, or "all": the tensors of a parameter group that take a step
-            share k, and have one dtype and device. `ProxSGD` and `HSPG` serve that; the functions of one tensor count
-            that tensor alone, see `prox_together`.
+            share k, and have one dtype, device and set of ranks. `ProxSGD` and `HSPG` serve that; the functions of one
+            tensor count that tensor alone, see `prox_together`.
 
     Raises:
         ValueError, TypeError: a value out of its range; by `groups_of`, and so when an optimizer is made: fewer than
