@@ -157,6 +157,14 @@ def test_half_space_steps_with_one_k_for_all_tensors(weight, k):
     assert [row.nonzero_groups for row in optimizer.density().rows] == left
 
 
+@pytest.mark.parametrize("scope", ["tensor", "all"])
+def test_half_space_steps_of_tensors_without_elements(scope):
+    params = [nn.Parameter(torch.ones(shape)) for shape in ((0, 3), (4, 0), (0, 2, 2))]
+    optimizer = HSPG(params, 0.1, GroupEnvelope(0.1, 3, weight="sqrt_size", scope=scope), start=0, end=2)
+    train(optimizer, params, 3)
+    assert [optimizer.state[p]["step"] for p in params] == [3, 3, 3]
+
+
 def test_k_for_all_tensors_or_for_each_are_different_steps():
     params, grads = [], [torch.randn(6, 4, generator=torch.Generator().manual_seed(n)) for n in range(2)]
     for scope in ("all", "tensor"):
