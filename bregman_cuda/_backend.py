@@ -37,8 +37,11 @@ def step_scalars(reg: Any, h: Hyper, grad_scale: Any, skip: Any = 0.0) -> list[A
     return scalars
 
 
-def why_reference(reg: Any) -> str:
-    """Empty, or why no kernel can apply a regularizer: it is not made of penalties on elements and on group norms."""
+def why_reference(reg: Any, rule: Rule) -> str:
+    """Empty, or why no kernel can apply a regularizer: it is not made of penalties on elements and on group norms, or
+    the rule asks for something else than its prox."""
+    if rule.half_space and reg is not None:
+        return why_no_half_space(reg)
     if reg is None or not (reg.whole or _penalties(reg) == (None, None)):
         return ""
     name = type(reg).__name__
@@ -106,9 +109,7 @@ class Kernels:
             return rule.plain
         if rule.name not in self.rules:
             return f"rule {rule.name!r} is not compiled in"
-        if why := why_reference(reg):
-            return why
-        if rule.half_space and reg is not None and (why := why_no_half_space(reg)):
+        if why := why_reference(reg, rule):
             return why
         for penalty in _penalties(reg):
             if penalty is not None and penalty.kernel not in self.penalties:

@@ -69,7 +69,7 @@ def step_together_(
     tensors: list[tuple[Tensor, Tensor, State, Tensor | None]],
     grad_scale: float,
 ) -> None:
-    """`step_` on tensors (parameter, gradient, state, mask) whose groups share a budget; the prox scale is a number."""
+    """`step_` on tensors (parameter, gradient, state, mask) whose groups share a budget."""
     extents = [Extent(param.shape) for param, *_ in tensors]
     alone(together_in_rounds(rule, reg, h, tensors, grad_scale, extents))
 
@@ -84,7 +84,9 @@ def together_in_rounds(
 ) -> Rounds[None]:
     """`step_together_` on parts of tensors."""
     halves = [advance(rule, h, *tensor, grad_scale) for tensor in tensors]
-    points = yield from reg.together_in_rounds([z for z, *_ in halves], halves[0][1], extents)
+    points = yield from rule.shrink_together(
+        reg, [z for z, *_ in halves], [scale for _, scale, *_ in halves], h, extents
+    )
     for (param, _, state, mask), (_, _, before, grad), q in zip(tensors, halves, points):
         finish(rule, h, q, before, grad, param, state, mask)
 

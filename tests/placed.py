@@ -57,7 +57,10 @@ def regularizers(rule: str, layout: str) -> dict[str, registry.RegCase]:
         return {name: found[name] for name in ("l1", "none", "group_out") if name in found}
     if not RULES[rule].metric:
         found |= {name: case for name, case in WHOLE.items() if rule != "hspg" or name != "nuclear"}
-    return found | (SHARED if rule.startswith("proxsgd") else {})
+    shared = (
+        SHARED if rule.startswith("proxsgd") else {"envelope_all": SHARED["envelope_all"]} if rule == "hspg" else {}
+    )
+    return found | shared
 
 
 def collectives_of(rule: str, layout: str) -> int:
@@ -117,13 +120,16 @@ def tensor_cases(world: int) -> list[tuple[str, str, torch.dtype]]:
     return [*cases, ("proxsgd", kinds[-1], torch.float32), *(("proxsgd", "rows", d) for d in registry.DTYPES[1:])]
 
 
-def ended(place: Callable[[Tensor], Tensor] | None) -> list[Tensor]:
-    """HSPG in two phases that leave two groups per tensor, and one where a mask holds the others already; then three
-    of all of them."""
+ENDS = {"each": GroupLasso(0.05, "in"), "all": GroupEnvelope(0.05, 2, "in", scope="all")}
+
+
+def ended(name: str, place: Callable[[Tensor], Tensor] | None) -> list[Tensor]:
+    """HSPG in two phases that leave six groups of all tensors or two per tensor, and one where a mask holds the others
+    already; then three of all of them."""
     generator = torch.Generator().manual_seed(0)
     values = [torch.randn(shape, generator=generator) for shape in SHAPES]
     params = [nn.Parameter(v if place is None else place(v)) for v in values]
-    optimizer = HSPG(params, lr=0.1, reg=GroupLasso(0.05, "in"), epsilon=0.1, start=1, end=3, k=2)
+    optimizer = HSPG(params, lr=0.1, reg=ENDS[name], epsilon=0.1, start=1, end=3, k=2 if name == "each" else 6)
     mask = torch.arange(SHAPES[1][1]).expand(SHAPES[1]) == 3
     optimizer.set_mask(params[1], mask.contiguous())
     for _ in range(4):
@@ -131,9 +137,9 @@ def ended(place: Callable[[Tensor], Tensor] | None) -> list[Tensor]:
             grad = torch.randn(p.shape, generator=generator)
             p.grad = grad if place is None else place(grad)
         optimizer.step()
-    two_each = [whole(p.detach()).clone() for p in params]
+    first = [whole(p.detach()).clone() for p in params]
     optimizer.keep_top(3, scope="all")
-    return [*two_each, *(whole(p.detach()) for p in params)]
+    return [*first, *(whole(p.detach()) for p in params)]
 
 
 def rigl(make: Callable[[Any], Any], place: Callable[[Tensor], Any] | None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from harness import same_bits
-from placed import CHANGES, RIGL, changing, ended, rigl, tensor_cases, tensors, turned_wide, whole
+from placed import CHANGES, ENDS, RIGL, changing, ended, rigl, tensor_cases, tensors, turned_wide, whole
 from test_ecosystem import batches, network
 from torch import Tensor, nn
 
@@ -186,7 +186,7 @@ def worker(rank: int, world: int, folder: str) -> None:
         train(model, optimizer, slice(None))
         results["tensor parallel", name] = [whole(p.detach()) for p in model.parameters()]
 
-    results["ended"] = ended(place)
+    results["ended"] = {name: ended(name, place) for name in ENDS}
     results["changing"] = {name: changing(name, place) for name in CHANGES}
     results["turned wide"] = turned_wide(place)
     results["elsewhere"] = elsewhere(rank, world)
@@ -304,7 +304,8 @@ def refusals(rank: int, mesh: Any) -> dict[str, str]:
 
 
 def elsewhere(rank: int, world: int) -> int:
-    """Each rank holds a parameter of a mesh of its own, and steps that of its own alone; how many elements of it."""
+    """Each rank holds a parameter of a mesh of its own, and steps that of its own alone; how many elements of it. They
+    cannot share a k, nor be compared with each other."""
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -315,6 +316,11 @@ def elsewhere(rank: int, world: int) -> int:
         p.grad = distribute_tensor(torch.ones(4, 3), mesh, [Replicate()])
     optimizer.step()
     optimizer.step()
+    for kind in (ProxSGD, HSPG):
+        with pytest.raises(ValueError, match=f"{kind.__name__}: GroupEnvelope: k is shared .* differ in .* or ranks"):
+            kind(params, reg=GroupEnvelope(0.1, 2, "in", scope="all"))
+    with pytest.raises(ValueError, match="keep_top: scope='all' needs all tensors of a parameter group on every rank"):
+        HSPG(params, reg=GroupLasso(0.1, "in")).keep_top(1, scope="all")
     return sum(int((p._local_tensor != 1).sum()) for p in params)
 
 

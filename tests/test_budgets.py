@@ -301,34 +301,38 @@ def test_k_and_scope_may_change_between_steps(kernel_driver):
 # Bad input
 
 
-@pytest.mark.parametrize("kind", [LinBreg, AdaBreg, RMDA, SplitLBI, HSPG])
-def test_only_proxsgd_shares_k_over_tensors(kind):
+@pytest.mark.parametrize("kind", [LinBreg, AdaBreg, RMDA, SplitLBI])
+def test_only_proxsgd_and_hspg_share_k_over_tensors(kind):
     with pytest.raises(ValueError, match=rf"{kind.__name__}: reg must have one k per tensor .*scope='all'"):
         kind(model(), reg=GroupEnvelope(0.1, 2, scope="all"))
 
 
-def test_a_k_for_all_tensors_is_compared_with_all_groups():
-    params = model([(3, 2), (4, 2)])
-    with pytest.raises(ValueError, match=r"ProxSGD: GroupEnvelope: k=8 is more than the 7 groups .* of all tensors"):
-        ProxSGD(params, reg=GroupEnvelope(0.1, 8, scope="all"))
-    ProxSGD(params, reg=GroupEnvelope(0.1, 7, scope="all"))
+@pytest.mark.parametrize("kind", [ProxSGD, HSPG])
+def test_a_k_for_all_tensors_is_compared_with_all_groups(kind):
+    params, owner = model([(3, 2), (4, 2)]), kind.__name__
+    with pytest.raises(ValueError, match=rf"{owner}: GroupEnvelope: k=8 is more than the 7 groups .* of all tensors"):
+        kind(params, reg=GroupEnvelope(0.1, 8, scope="all"))
+    kind(params, reg=GroupEnvelope(0.1, 7, scope="all"))
     with pytest.raises(ValueError, match=r"scope must be 'tensor' or 'all', got 'model'"):
         GroupEnvelope(0.1, 2, scope="model")
 
 
-def test_tensors_of_other_dtypes_or_devices_are_refused():
+@pytest.mark.parametrize("kind", [ProxSGD, HSPG])
+def test_tensors_of_other_dtypes_or_devices_are_refused(kind):
     params, reg = model([(3, 2)]), GroupEnvelope(0.1, 3, scope="all")
     mixed = [*params, *model([(4, 2)], torch.float64)]
     apart = [*params, torch.nn.Parameter(torch.ones(4, 2, device="meta"))]
-    other = ProxSGD(model([(3, 2)]), lr=0.1)
+    other, owner = kind(model([(3, 2)]), lr=0.1), kind.__name__
     for bad in (mixed, apart):
-        with pytest.raises(ValueError, match=r"ProxSGD: GroupEnvelope: k is shared .* differ in dtype or device"):
-            ProxSGD(bad, lr=0.1, reg=reg)
-        with pytest.raises(ValueError, match=r"ProxSGD: GroupEnvelope: k is shared"):
+        with pytest.raises(
+            ValueError, match=rf"{owner}: GroupEnvelope: k is shared .* differ in dtype, device or ranks"
+        ):
+            kind(bad, lr=0.1, reg=reg)
+        with pytest.raises(ValueError, match=rf"{owner}: GroupEnvelope: k is shared"):
             other.add_param_group({"params": bad, "reg": reg})
         assert len(other.param_groups) == 1
-        ProxSGD(bad, lr=0.1, reg=GroupEnvelope(0.1, 3))
-        ProxSGD([{"params": [p]} for p in bad], lr=0.1, reg=reg)
+        kind(bad, lr=0.1, reg=GroupEnvelope(0.1, 3))
+        kind([{"params": [p]} for p in bad], lr=0.1, reg=reg)
 
 
 @pytest.mark.parametrize("change", ["dtype", "scope"])

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from harness import same_bits
-from small import NoReads
+from small import NoReads, assert_unchanged, model, set_grads, snapshot, train
 from torch import nn
 
-from bregman_cuda import HSPG, L1, GroupEnvelope, GroupLasso, GroupMCP, ProxSGD, SparseGroupLasso, param_groups
+from bregman_cuda import (
+    HSPG,
+    L1,
+    GroupEnvelope,
+    GroupLasso,
+    GroupLHalf,
+    GroupMCP,
+    ProxSGD,
+    SparseGroupLasso,
+    param_groups,
+)
 from bregman_cuda.experiments.data import digits
 from bregman_cuda.optim import hspg
 
@@ -49,17 +60,20 @@ def test_follows_its_definition(driver, momentum, epsilon):
     assert optimizer.density().rows[0].nonzero_groups == left
 
 
-def test_the_first_phase_is_proximal_sgd(driver):
+@pytest.mark.parametrize("reg", [GroupLasso(0.5), GroupEnvelope(0.5, 4, scope="all")], ids=lambda r: type(r).__name__)
+def test_the_first_phase_is_proximal_sgd(driver, reg):
     torch.manual_seed(0)
-    p, q = (nn.Parameter(torch.linspace(-1, 1, 24).view(6, 4)) for _ in range(2))
-    ours = HSPG([p], 0.1, GroupLasso(0.5), 0.5, start=3, fused=driver.fused)
-    theirs = ProxSGD([q], 0.1, GroupLasso(0.5), 0.5, fused=driver.fused)
+    ours, theirs = ([nn.Parameter(torch.linspace(-1, 1, 4 * n).view(n, 4)) for n in (6, 3)] for _ in range(2))
+    fused = None if driver.fused else False
+    optimizers = HSPG(ours, 0.1, reg, 0.5, start=3, fused=fused), ProxSGD(theirs, 0.1, reg, 0.5, fused=fused)
     for step in range(4):
-        p.grad = torch.randn(6, 4)
-        q.grad = p.grad.clone()
-        ours.step()
-        theirs.step()
-        assert same_bits(p.detach(), q.detach()) == (step < 3), "the fourth step is a half-space step"
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn(p.shape)
+            q.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+        for p, q in zip(ours, theirs):
+            assert same_bits(p.detach(), q.detach()) == (step < 3), "the fourth step is a half-space step"
 
 
 def test_zero_groups_stay_zero_and_nan_shows(driver):
@@ -91,8 +105,79 @@ def test_any_group_regularizer_through_the_reference():
         HSPG([p], 0.5, reg, fused=True).step()
 
 
+def envelope_by_hand(tensors, lam, k, weight):
+    """lam d_G x_G / u_G of the rows of all tensors, with u = min(1, s_G / t) for s_G = sqrt(d_G) ||x_G||: t is bisected
+    for sum u = k, or u = 1 where there are no more than k rows that are not zero."""
+    d = [np.sqrt(np.prod(x.shape[1:])) if weight == "sqrt_size" else 1.0 for x in tensors]
+    sizes = [np.sqrt(w * (x**2).sum(tuple(range(1, x.ndim)))) for w, x in zip(d, tensors)]
+    every = np.concatenate(sizes)
+    low, high = 0.0, every.sum() if (every > 0).sum() > k else 0.0
+    for _ in range(200 if high else 0):
+        t = (low + high) / 2
+        low, high = (t, high) if np.minimum(1, every / t).sum() > k else (low, t)
+    stretches = [np.maximum(1, high / np.where(s > 0, s, np.inf)) for s in sizes]
+    return [lam * w * u.reshape(-1, *[1] * (x.ndim - 1)) * x for w, u, x in zip(d, stretches, tensors)]
+
+
+@pytest.mark.parametrize("weight", ["none", "sqrt_size"])
+@pytest.mark.parametrize("k", [2, 6, 17])
+def test_half_space_steps_with_one_k_for_all_tensors(weight, k):
+    """By the definition over all tensors that take the step, in numpy; one sits out at times, one has no rows."""
+    rng = np.random.default_rng(k)
+    values = [rng.standard_normal(shape) for shape in ((9, 4), (0, 3), (7, 3, 2), (6, 5))]
+    values[0][::4] = 0
+    mask = rng.random((6, 5)) < 0.7
+    mask[2] = False
+    params = [nn.Parameter(torch.tensor(x)) for x in values]
+    reg = GroupEnvelope(0.1, k, weight=weight, scope="all")
+    optimizer = HSPG(params, 0.3, reg, momentum=0.5, epsilon=0.6, start=0, count_nonzeros=True)
+    optimizer.set_mask(params[3], torch.tensor(mask))
+    values[3] = values[3] * mask
+    buffers, removed = [np.zeros_like(x) for x in values], 0
+    for number in range(5):
+        active = [0, 1, 3] if number == 2 else [0, 1, 2, 3]
+        grads = {i: 0.7 * rng.standard_normal(values[i].shape) for i in active}
+        for i, p in enumerate(params):
+            p.grad = torch.tensor(grads[i]) if i in active else None
+        optimizer.step()
+        for i, pull in zip(active, envelope_by_hand([values[i] for i in active], 0.1, k, weight)):
+            buffers[i] = 0.5 * buffers[i] + grads[i]
+            trial, axes = values[i] - 0.3 * (buffers[i] + pull), tuple(range(1, values[i].ndim))
+            if i == 3:
+                trial, buffers[i] = trial * mask, buffers[i] * mask
+            squares = (values[i] ** 2).sum(axes, keepdims=True)
+            keep = ((trial * values[i]).sum(axes, keepdims=True) >= 0.6 * squares) & (squares > 0)
+            removed += int(((squares > 0) & ~keep).sum())
+            values[i] = trial * keep
+        for p, value in zip(params, values):
+            np.testing.assert_allclose(p.detach().numpy(), value, rtol=0, atol=1e-13)
+    left = [int((x != 0).any(tuple(range(1, x.ndim))).sum()) for x in values]
+    assert removed > 0
+    assert sum(left) > 0
+    assert [row.nonzero_groups for row in optimizer.density().rows] == left
+
+
+@pytest.mark.parametrize("scope", ["tensor", "all"])
+def test_half_space_steps_of_tensors_without_elements(scope):
+    params = [nn.Parameter(torch.ones(shape)) for shape in ((0, 3), (4, 0), (0, 2, 2))]
+    optimizer = HSPG(params, 0.1, GroupEnvelope(0.1, 3, weight="sqrt_size", scope=scope), start=0, end=2)
+    train(optimizer, params, 3)
+    assert [optimizer.state[p]["step"] for p in params] == [3, 3, 3]
+
+
+def test_k_for_all_tensors_or_for_each_are_different_steps():
+    params, grads = [], [torch.randn(6, 4, generator=torch.Generator().manual_seed(n)) for n in range(2)]
+    for scope in ("all", "tensor"):
+        params.append([nn.Parameter((n + 1) * torch.linspace(-1, 1, 24).view(6, 4)) for n in range(2)])
+        for p, g in zip(params[-1], grads):
+            p.grad = 0.1 * g
+        HSPG(params[-1], 0.1, GroupEnvelope(0.5, 2, scope=scope), start=0).step()
+    for p, q in zip(*params):
+        assert float((p - q).detach().abs().max()) > 1e-3
+
+
 def alive(p):
-    return (p != 0).any(1).tolist()
+    return p.flatten(1).any(1).tolist()
 
 
 def test_keep_top_ends_with_k_groups_for_good(driver):
@@ -159,19 +244,47 @@ def test_tensors_keep_a_number_of_groups_together(driver):
     assert sum(alive(other)) == 1
     optimizer.keep_top(99)
     assert sum(alive(big) + alive(small)) == 1, "what is masked stays so"
-    with pytest.raises(ValueError, match="keep_top: scope must be 'tensor' or 'all', got 'global'"):
+    with pytest.raises(ValueError, match="keep_top: scope must be 'tensor', 'all' or None, got 'global'"):
         optimizer.keep_top(1, scope="global")
-    with pytest.raises(ValueError, match="HSPG: scope must be 'tensor' or 'all', got 3"):
+    with pytest.raises(ValueError, match="HSPG: scope must be 'tensor', 'all' or None, got 3"):
         HSPG([nn.Parameter(torch.ones(2, 2))], reg=GroupLasso(0.1), scope=3)
 
 
+@pytest.mark.parametrize(("options", "kept"), [({}, 4), ({"k": 2}, 2), ({"scope": "tensor"}, 7)], ids=str)
+def test_an_envelope_over_all_tensors_ends_with_its_k_of_all(driver, options, kept):
+    """Unless the optimizer says otherwise, in k or in scope: those that are largest without an end."""
+    reg, fused = GroupEnvelope(0.001, 4, scope="all"), None if driver.fused else False
+    (params, ending), (others, endless) = (
+        (ps, HSPG(ps, 0.05, reg, 0.5, start=1, end=end, fused=fused, count_nonzeros=True, **options))
+        for ps, end in ((model([(9, 4), (3, 5, 2)]), 3), (model([(9, 4), (3, 5, 2)]), None))
+    )
+    train(endless, others, 3)
+    norms = torch.cat([p.detach().flatten(1).norm(dim=1) for p in others])
+    assert int((norms > 0).sum()) > kept
+    for number in range(6):
+        train(ending, params, 1, begin=number)
+        left = [alive(p) for p in params]
+        assert [row.nonzero_groups for row in ending.density().rows] == [*map(sum, left)]
+        if number == 2 and not options.get("scope"):
+            assert [*left[0], *left[1]] == (norms >= norms.sort().values[-kept]).tolist()
+        assert (sum(map(sum, left)) <= kept) == (number >= 2)
+    assert sum(sum(alive(ending.get_mask(p))) for p in params) == kept
+    ending.keep_top(1)
+    assert sum(sum(alive(p)) for p in params) == (2 if options.get("scope") else 1)
+
+
+ENDING = [GroupMCP(0.02, 4.0), GroupEnvelope(0.02, 4, scope="all")]
+
+
+@pytest.mark.parametrize("reg", ENDING, ids=lambda reg: type(reg).__name__)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("stop", [2, 4, 5])
-def test_resume_across_the_end_is_bit_exact(driver, dtype, stop):
+@pytest.mark.parametrize("stop", [1, 2, 4, 5])
+def test_resume_across_the_end_is_bit_exact(driver, dtype, stop, reg):
     def make():
         torch.manual_seed(0)
         p, q = nn.Parameter(torch.randn(9, 4).to(dtype)), nn.Parameter(torch.randn(3, 5, 2).to(dtype))
-        return [p, q], HSPG([p, q], 0.05, GroupMCP(0.02, 4.0), 0.5, start=2, end=4, k=4, fused=driver.fused)
+        fused = None if driver.fused else False
+        return [p, q], HSPG([p, q], 0.05, replace(reg), 0.5, start=2, end=4, k=4, fused=fused)
 
     def train(params, optimizer, begin, end):
         for number in range(begin, end):
@@ -190,9 +303,10 @@ def test_resume_across_the_end_is_bit_exact(driver, dtype, stop):
     for p, t in zip(params, twins):
         assert same_bits(p.detach(), t.detach())
         assert all(same_bits(whole.state[p][key], second.state[t][key]) for key in whole.state[p])
-        assert 0 < int(p.flatten(1).any(1).sum()) <= 4
     assert whole.param_groups[0]["end"] is second.param_groups[0]["end"] is None
-    assert second.get_mask(twins[0]).any(1).sum() == 4
+    kept = [sum(alive(second.get_mask(t))) for t in twins]
+    assert kept == [4, 3] if isinstance(reg, GroupMCP) else sum(kept) == 4
+    assert all(0 < sum(alive(t)) <= most for t, most in zip(twins, kept))
 
 
 def test_the_state_dict_of_a_version_without_an_end_is_taken():
@@ -272,6 +386,49 @@ def test_digits_with_a_fifth_of_the_neurons():
     assert accuracy > 0.93
 
 
+@pytest.mark.parametrize("capturable", [False, True])
+def test_what_a_step_over_all_tensors_skips_or_refuses_changes_nothing(driver, capturable):
+    """An overflow, in both phases and after the end; a gradient that is not finite; a k beyond all groups."""
+    params, reg = model(), GroupEnvelope(0.01, 4, scope="all")
+    options = dict(start=2, end=4, capturable=capturable, check_finite=not capturable)
+    optimizer = HSPG(params, 0.05, reg, 0.5, fused=None if driver.fused else False, **options)
+    for number in range(6):
+        train(optimizer, params, 1, begin=number)
+        before = snapshot(optimizer)
+        optimizer.found_inf, optimizer.grad_scale = torch.ones(()), torch.tensor(2.0)
+        set_grads(params, number)
+        optimizer.step()
+        del optimizer.found_inf, optimizer.grad_scale
+        settled = optimizer.state_dict()["param_groups"][0]
+        if number < 3:  # later ones are not counted
+            assert settled["steps"] == number + 1
+        before[-1] = snapshot(optimizer)[-1]
+        assert_unchanged(optimizer, before)
+        if not capturable:
+            params[1].grad[0] = torch.inf
+            with pytest.raises(FloatingPointError, match="the gradient of parameter 1 of shape"):
+                optimizer.step()
+            assert_unchanged(optimizer, before)
+    assert sum(map(sum, map(alive, params))) <= 4
+    reg.k = 18
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=r"HSPG: GroupEnvelope: k=18 is more than the 17 groups .* of all tensors"):
+        train(optimizer, params, 1)
+    assert_unchanged(optimizer, before)
+
+
+def test_no_step_over_all_tensors_reads_the_device(driver):
+    params, lr = model(), torch.tensor(0.05)
+    reg = GroupEnvelope(0.01, 4, scope="all")
+    fused = None if driver.fused else False
+    optimizer = HSPG(params, lr, reg, start=2, end=5, capturable=True, fused=fused)
+    for number in range(7):
+        set_grads(params, number)
+        with nullcontext() if number in (0, 2, 5) else NoReads():  # new plans
+            optimizer.step()
+    assert sum(map(sum, map(alive, params))) <= 4
+
+
 def test_start_and_end_count_steps_that_were_taken():
     p = nn.Parameter(torch.ones(4, 4))
     optimizer = HSPG([p], 0.1, GroupLasso(0.1), start=2, end=3, k=1)
@@ -340,3 +497,18 @@ def test_a_compiled_step_does_not_ignore_start_and_end():
         optimizer = HSPG([p], 0.1, GroupLasso(0.1), **options)
         with pytest.raises(Exception, match=rf"call {call} when it is time"):
             torch.compile(optimizer.step, fullgraph=True, backend="eager")()
+
+
+@pytest.mark.parametrize("reg", [GroupLHalf(0.1), GroupEnvelope(0.1, 2)], ids=lambda reg: type(reg).__name__)
+def test_a_compiled_half_space_step_without_kernels_is_refused(reg):
+    """The kernels know slopes that are lines alone, and would take any other for one."""
+    p = nn.Parameter(torch.ones(4, 4))
+    p.grad = torch.ones(4, 4)
+    optimizer = HSPG([p], 0.1, reg, start=0)
+    torch._dynamo.reset()
+    with pytest.raises(
+        Exception,
+        match=f"compiled step runs kernels, but the half-space step has no kernels for {reg.__class__.__name__}",
+    ):
+        torch.compile(optimizer.step, fullgraph=True, backend="aot_eager")()
+    assert torch.equal(p.detach(), torch.ones(4, 4))

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import bregman_cuda as bc
 from bregman_cuda.experiments import recovery
@@ -44,9 +45,41 @@ def test_every_exported_optimizer_is_in_the_table():
     assert {re.split("[ ,]", row)[0] for row in page_rows()} == classes - {"SparseOptimizer"} | {"RigL"}
 
 
-@pytest.mark.parametrize("name", ["ProxSGD, L0", "RigL, 6 weights", "ProxAdam, GroupLasso", "RAMDA pg, GroupLasso"])
+FAST = ["ProxSGD, L0", "RigL, 6 weights", "ProxAdam, GroupLasso", "RAMDA pg, GroupLasso"]
+HSPG = [name for name in recovery.ROWS if name.startswith("HSPG")]
+
+
+@pytest.mark.parametrize("name", FAST + HSPG)
 def test_the_page_has_the_steps_of_the_script(name):
     """Of fast rows: the true support is not there before that step."""
     make = (recovery.ENTRIES | recovery.ROWS)[name]
     step = int(page_rows()[name][0])
     assert recovery.run(make, recovery.planted(name in recovery.ROWS), step) == (step, 1, True)
+
+
+@pytest.mark.parametrize("name", HSPG)
+def test_hspg_goes_through_both_phases_and_its_end(name):
+    """Half-space steps remove rows, at the end three stay for good: the true ones."""
+    problem, p = recovery.planted(True), torch.nn.Parameter(torch.zeros(10, 4))
+    optimizer, left = recovery.ROWS[name](p), []
+    for _ in range(99):
+        p.grad = problem.gradient(p.detach())
+        optimizer.step()
+        left.append(int(p.any(1).sum()))
+    assert optimizer.param_groups[0]["projecting"]
+    assert left[19] >= 7 > left[20] > left[-1] == (4 if "weak" in name else 3)
+    assert optimizer.get_mask(p) is None
+    p.grad = problem.gradient(p.detach())
+    optimizer.step()
+    assert torch.equal(optimizer.get_mask(p).any(1), problem.truth.any(1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("reg", "first"), [(bc.GroupLasso(0.1), 41), (bc.GroupEnvelope(0.1, 3), 38), (bc.GroupEnvelope(0.05, 3), None)]
+)
+def test_the_page_knows_how_long_the_prox_alone_takes(reg, first):
+    def alone(p):
+        return bc.ProxSGD([p], 0.1, reg)
+
+    assert recovery.run(alone, recovery.planted(True), recovery.STEPS)[0] == first

@@ -52,6 +52,11 @@ def rigl(p: torch.nn.Parameter, seed: int = 0) -> bc.RigL:
     return bc.RigL([p], bc.ProxSGD([p], 0.1), density=0.15, every=10, end=1000, generator=generator)
 
 
+def hspg(p: torch.nn.Parameter, reg: bc.Regularizer) -> bc.HSPG:
+    """Half-space steps before a prox alone would have found the rows, and an end that keeps three."""
+    return bc.HSPG([p], 0.1, reg, epsilon=0.9, start=20, end=100, k=3)
+
+
 ENTRIES: dict[str, Make] = {
     "LinBreg, L1": lambda p: bc.LinBreg([p], 0.01, bc.L1(2.0)),
     "LinBreg momentum, L1": lambda p: bc.LinBreg([p], 0.01, bc.L1(2.0), momentum=0.9),
@@ -90,8 +95,9 @@ ROWS: dict[str, Make] = {
     "RAMDA, GroupLasso": lambda p: bc.RAMDA([p], 0.1, bc.GroupLasso(0.3), momentum=0.1),
     "RAMDA pg, GroupLasso": lambda p: bc.RAMDA([p], 0.1, bc.GroupLasso(0.3), momentum=0.1, solver="pg"),
     "SplitLBI, GroupLasso": lambda p: bc.SplitLBI([p], 0.01, bc.GroupLasso(0.5), mu=10.0),
-    "HSPG, GroupLasso": lambda p: bc.HSPG([p], 0.1, bc.GroupLasso(0.1), epsilon=0.0, start=200),
-    "HSPG, GroupEnvelope": lambda p: bc.HSPG([p], 0.1, bc.GroupEnvelope(0.1, 3), epsilon=0.5, start=200),
+    "HSPG, GroupLasso": lambda p: hspg(p, bc.GroupLasso(0.1)),
+    "HSPG, GroupEnvelope": lambda p: hspg(p, bc.GroupEnvelope(0.1, 3)),
+    "HSPG weak, GroupEnvelope": lambda p: hspg(p, bc.GroupEnvelope(0.05, 3)),
 }
 
 

@@ -19,6 +19,7 @@ from ._rule import COUNTERS, Rule
 from ._shards import (
     found_inf_anywhere,
     initial_values,
+    is_elsewhere,
     is_sharded,
     local,
     local_grads,
@@ -98,7 +99,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             reg.check_tensors()
         if reg is not None and -1 in reg.budgets(2) and not self.joint:
             raise ValueError(
-                f"{owner}: reg must have one k per tensor (scope='tensor') here; ProxSGD shares it, got {reg!r}"
+                f"{owner}: reg must have one k per tensor (scope='tensor') here; ProxSGD and HSPG share it, got {reg!r}"
             )
         if group["fused"] not in (None, True, False):
             raise ValueError(f"{owner}: fused must be True, False or None, got {group['fused']!r}")
@@ -142,7 +143,9 @@ class SparseOptimizer(torch.optim.Optimizer):
         if reg is not None:
             try:
                 reg.fits_together([param.shape for param in group["params"]])
-                check_together(reg, group["params"], len({(p.dtype, p.device) for p in group["params"]}))
+                check_together(
+                    reg, group["params"], len({(p.dtype, p.device, is_elsewhere(p)) for p in group["params"]})
+                )
             except ValueError as error:
                 raise ValueError(f"{owner}: {error}") from None
 

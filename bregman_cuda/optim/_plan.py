@@ -288,8 +288,9 @@ def check_together(reg: Any, params: Sequence[Any], parts: int) -> None:
     """
     if parts > 1 and -1 in budgets(reg, params):
         raise ValueError(
-            f"{type(reg).__name__}: k is shared over tensors that cannot step together: they differ in dtype or device "
-            "(or, in a compiled step, in the number of steps taken); give them parameter groups and a k of their own"
+            f"{type(reg).__name__}: k is shared over tensors that cannot step together: they differ in dtype, device "
+            "or ranks (or, in a compiled step, in the number of steps taken); give them parameter groups and a k of "
+            "their own"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -76,6 +77,12 @@ class Rule:
         """The prox point, from the parameter before the step, too, of the part that is here. Anything else than the
         prox asks for kernels of its own."""
         return (yield from reg.prox_in_rounds(z, scale, extent, param))
+
+    def shrink_together(
+        self, reg: Any, points: Sequence[Tensor], scales: Sequence[Any], h: Hyper, extents: Sequence[Extent]
+    ) -> Rounds[list[Tensor]]:
+        """`shrink` of tensors that share a budget: the prox of all, whose scale is a number then."""
+        return (yield from reg.together_in_rounds(points, scales[0], extents))
 
     def finish(self, q: Tensor, param: Tensor, state: State, h: Hyper) -> Tensor:
         """The new parameter from the prox point."""

@@ -81,7 +81,7 @@ def traced_step(optimizer: SparseOptimizer) -> None:
         optimizer._check_traced(group)
         if group["fused"] is False:
             raise RuntimeError("a compiled step runs kernels: leave fused at None, or step outside torch.compile")
-        if why := _backend.why_reference(group["reg"]):
+        if why := _backend.why_reference(group["reg"], optimizer._rule(group)):
             raise RuntimeError(f"a compiled step runs kernels, but {why}: step outside torch.compile")
         if group["check_finite"]:
             raise RuntimeError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -43,6 +43,11 @@ class HalfSpaceRule(Rule):
     ) -> Rounds[Tensor]:
         return (yield from half_space_step(reg, z, scale, h["lr"], h["epsilon"], extent))
 
+    def shrink_together(
+        self, reg: Regularizer, points: Sequence[Tensor], scales: Sequence[Any], h: Hyper, extents: Sequence[Extent]
+    ) -> Rounds[list[Tensor]]:
+        return (yield from half_space_steps(reg, points, scales, h["lr"], h["epsilon"], extents))
+
 
 def half_space_step(reg: Regularizer, z: Tensor, p: Tensor, lr: Any, epsilon: Any, extent: Extent) -> Rounds[Tensor]:
     """x = z - lr * (subgradient of J at p), and zero for every group with <x, p> < epsilon ||p||^2, or p zero there.
@@ -52,23 +57,11 @@ def half_space_step(reg: Regularizer, z: Tensor, p: Tensor, lr: Any, epsilon: An
     Args:
         z, p: fp32 or fp64 of one shape: the point after the gradient step, and the parameter before it.
     """
-    dims = reg.groups_of(extent.shape)
-    assert dims is not None
-    reduced = [d for d in range(p.ndim) if d not in dims]
     line = None if reg.radial is None else reg.radial.line(p.dtype)
-
-    def product(x: Tensor) -> Tensor:
-        x = x.double() * p.double()
-        return x.sum(reduced, keepdim=True) if reduced else x
-
     if line is None:
-        [total] = yield [extent.spread(product(p), dims)]
-        squares, pull = extent.part(total, dims), extent.part(reg._pull(total, extent.shape, p.dtype), dims)
-        x = z - p * pull * lr
-        [total] = yield [extent.spread(product(x), dims)]
-        left = extent.part(total, dims) < epsilon * squares
-        return torch.where((squares == 0) | left, z - z, x)
-    [total] = yield [torch.stack([product(p), product(z)])]
+        [x] = yield from half_space_steps(reg, [z], [p], lr, epsilon, [extent])
+        return x
+    [total] = yield [torch.stack([_products(reg, p, p, extent), _products(reg, z, p, extent)])]
     squares, along = total
     weight = number_like(reg.group_weight(extent.shape) if math.prod(extent.shape) else 1.0, p)
     level, bend = (number_like(v, p) * weight for v in line)
@@ -77,6 +70,36 @@ def half_space_step(reg: Regularizer, z: Tensor, p: Tensor, lr: Any, epsilon: An
     pull = (lr.double() * torch.where(slope > 0, slope, 0.0) / norms).to(p.dtype)
     left = along - pull.double() * squares < epsilon.double() * squares
     return torch.where((squares == 0) | left, z - z, z - p * pull)
+
+
+def half_space_steps(
+    reg: Regularizer,
+    points: Sequence[Tensor],
+    params: Sequence[Tensor],
+    lr: Any,
+    epsilon: Any,
+    extents: Sequence[Extent],
+) -> Rounds[list[Tensor]]:
+    """`half_space_step` by any subgradient, of tensors that share it: two rounds, as x has it and <x, p> has x."""
+    dims = [reg.groups_of(extent.shape) for extent in extents]
+    totals = yield [extent.spread(_products(reg, p, p, extent), d) for p, extent, d in zip(params, extents, dims)]
+    pulls = reg._pulls(totals, [extent.shape for extent in extents], params[0].dtype)
+    trials = [z - p * extent.part(pull, d) * lr for z, p, pull, extent, d in zip(points, params, pulls, extents, dims)]
+    along = yield [
+        extent.spread(_products(reg, x, p, extent), d) for x, p, extent, d in zip(trials, params, extents, dims)
+    ]
+    results = []
+    for z, x, total, product, extent, d in zip(points, trials, totals, along, extents, dims):
+        squares = extent.part(total, d)
+        left = extent.part(product, d) < epsilon * squares
+        results.append(torch.where((squares == 0) | left, z - z, x))
+    return results
+
+
+def _products(reg: Regularizer, x: Tensor, p: Tensor, extent: Extent) -> Tensor:
+    """<x_G, p_G> of the part of every group that is here, in float64."""
+    products, reduced = x.double() * p.double(), reg._reduced(extent.shape)
+    return products.sum(reduced, keepdim=True) if reduced else products
 
 
 class HSPG(SparseOptimizer):
@@ -91,7 +114,8 @@ class HSPG(SparseOptimizer):
     A prox alone seldom leaves few groups, and shrinks those that it leaves; the second phase removes groups and does
     not shrink toward a smaller support. Neither bounds their number: after `end` steps the k groups of largest norm of
     every tensor (or of all together, `scope`) stay, and the others are masked for good, as by `keep_top`. Half-space
-    steps go on among the k.
+    steps go on among the k. With `GroupEnvelope(scope="all")` all tensors of a parameter group share one k throughout:
+    in the prox, in J' and at the end.
 
     No step waits for the device, but under a GradScaler whose flag lies there the one that reaches `start` or `end`
     reads how many were skipped. The step at `end` sorts the norms of groups; the next one makes its plan anew.
@@ -107,10 +131,12 @@ class HSPG(SparseOptimizer):
         end: number of steps after which at most k groups per tensor (see `scope`) are left, >= 1 and >= start; None
             waits for `keep_top()`.
         k: number of groups that a tensor keeps, >= 1 (all, if it has fewer); None: that of `reg` (`GroupEnvelope`).
-        scope: "tensor", or "all": the tensors of a parameter group keep k groups together, those of largest norm.
+        scope: "tensor", or "all": the tensors of a parameter group keep k groups together, those of largest norm;
+            None: that of `reg` (`GroupEnvelope`), else "tensor".
 
     Raises:
-        ValueError, TypeError: a parameter out of its range, or end without a k; nothing was changed.
+        ValueError, TypeError: a parameter out of its range, or end without a k; or tensors that share the k of `reg`
+            and differ in dtype or device, have fewer groups, or lie in part on other ranks; nothing was changed.
 
     >>> p = torch.nn.Parameter(torch.tensor([[0.1, 0.1], [1.0, 1.0]]))
     >>> optimizer = HSPG([p], lr=0.5, reg=GroupLasso(0.2, weight="none"))
@@ -122,6 +148,8 @@ class HSPG(SparseOptimizer):
             [0.7293, 0.9293]])
     """
 
+    joint = True
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -132,7 +160,7 @@ class HSPG(SparseOptimizer):
         start: int | None = None,
         end: int | None = None,
         k: int | None = None,
-        scope: Literal["tensor", "all"] = "tensor",
+        scope: Literal["tensor", "all"] | None = None,
         *,
         maximize: bool = False,
         fused: bool | None = None,
@@ -221,15 +249,14 @@ class HSPG(SparseOptimizer):
         Args:
             k: number of groups; None: that of each parameter group, or of its regularizer.
             scope: whether every tensor keeps k, or all tensors of a parameter group together; None: as each parameter
-                group says.
+                group says, or its regularizer.
 
         Raises:
             ValueError: k is not a positive number, or None where there is none; another scope, or "all" for tensors
                 of which some are on other ranks alone; nothing was changed.
         """
         _check_count("keep_top", "k", k, "groups", 1)
-        if scope is not None:
-            _check_scope("keep_top", scope)
+        _check_scope("keep_top", scope)
         self._keep_top("keep_top", self.param_groups, k, scope)
 
     def _keep_top(
@@ -240,11 +267,11 @@ class HSPG(SparseOptimizer):
             if k is None and _most(group) is None:
                 reg = type(group["reg"]).__name__
                 raise ValueError(f"{owner}: no k for {self._describe(group, 0)}: neither its group nor {reg} has one")
-            if (scope or group["scope"]) == "all" and any(map(is_elsewhere, group["params"])):
+            if (scope or _scope(group)) == "all" and len({*map(is_elsewhere, group["params"])}) > 1:
                 raise ValueError(f"{owner}: scope='all' needs all tensors of a parameter group on every rank")
         for group in groups:
             params = [param for param in group["params"] if param.numel() and not is_elsewhere(param)]
-            together = [params] if (scope or group["scope"]) == "all" and params else [[param] for param in params]
+            together = [params] if (scope or _scope(group)) == "all" and params else [[param] for param in params]
             for some in together:
                 self._keep_largest(group["reg"], some, _most(group) if k is None else k)
 
@@ -260,8 +287,8 @@ class HSPG(SparseOptimizer):
 
 
 def _check_scope(owner: str, scope: Any) -> None:
-    if scope not in ("tensor", "all"):
-        raise ValueError(f"{owner}: scope must be 'tensor' or 'all', got {scope!r}")
+    if scope not in ("tensor", "all", None):
+        raise ValueError(f"{owner}: scope must be 'tensor', 'all' or None, got {scope!r}")
 
 
 def _check_count(owner: str, name: str, value: Any, what: str, least: int) -> None:
@@ -279,6 +306,12 @@ def _most(group: dict[str, Any]) -> int | None:
     """How many groups each tensor keeps; None where nobody says."""
     most: int | None = getattr(group["reg"], "k", None) if group["k"] is None else group["k"]
     return most
+
+
+def _scope(group: dict[str, Any]) -> str:
+    """Whether these are so many groups of each tensor or of all."""
+    scope: str = getattr(group["reg"], "scope", "tensor") if group["scope"] is None else group["scope"]
+    return scope
 
 
 def _settle(group: dict[str, Any]) -> None:

@@ -326,6 +326,10 @@ class Regularizer:
         safe = torch.where(norms == 0, torch.ones_like(norms), norms)  # a zero group has subgradient zero
         return self.group_weight(shape) * self.radial._slope(norms) / safe
 
+    def _pulls(self, squares: Sequence[Tensor], shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> list[Tensor]:
+        """`_pull` of tensors that are stepped together; of each by itself unless they share a budget."""
+        return [self._pull(some, shape, dtype) for some, shape in zip(squares, shapes)]
+
 
 class Separable(Regularizer):
     """A scalar penalty phi on every element. A subclass writes the five functions below and names its kernel."""

@@ -37,8 +37,8 @@ class GroupEnvelope(Grouped):
         weight: d_G. "none" (1), "sqrt_size" (as w_G in `GroupLasso`), or a tuple of numbers > 0, one per group in
             index order (in plain torch; copied to the device each time).
         scope: "tensor", each tensor has a k of its own, or "all": the tensors of a parameter group that take a step
-            share k, and have one dtype and device. `ProxSGD` serves that; the functions of one tensor count that
-            tensor alone, see `prox_together`.
+            share k, and have one dtype, device and set of ranks. `ProxSGD` and `HSPG` serve that; the functions of one
+            tensor count that tensor alone, see `prox_together`.
 
     Raises:
         ValueError, TypeError: a value out of its range; by `groups_of`, and so when an optimizer is made: fewer than
@@ -106,7 +106,7 @@ class GroupEnvelope(Grouped):
         if not x.numel():
             return x.new_zeros(())
         # The best u is a constant for the derivative (envelope theorem), so autograd gives d_G x_G / u_G.
-        stretch = self._stretch(self.group_norms(x.detach().double()), x.shape)
+        [stretch] = self._stretches([self.group_norms(x.detach().double())], [x.shape])
         return 0.5 * (self.lam * x.double().square() * stretch).sum().to(x.dtype)
 
     def _prox(self, x: Tensor, step: Step, extent: Extent, near: Tensor | None = None) -> Rounds[Tensor]:
@@ -141,7 +141,12 @@ class GroupEnvelope(Grouped):
         return x * self._pull(squares, x.shape, x.dtype) if x.numel() else torch.zeros_like(x)
 
     def _pull(self, squares: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return (self.lam * self._stretch(squares.sqrt(), shape)).to(dtype)
+        [pull] = self._pulls([squares], [shape], dtype)
+        return pull
+
+    def _pulls(self, squares: Sequence[Tensor], shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> list[Tensor]:
+        stretches = self._stretches([some.sqrt() for some in squares], shapes)
+        return [(self.lam * stretch).to(dtype) for stretch in stretches]
 
     def subdiff_distance(self, x: Tensor, grad: Tensor) -> Tensor:
         norms = self.group_norms(x)
@@ -171,6 +176,8 @@ class GroupEnvelope(Grouped):
 
     def _level(self, sizes: Tensor) -> Tensor:
         """The t of  u_G = min(1, s_G / t): zero with fewer than k non-zero groups."""
+        if not sizes.numel():
+            return sizes.sum()
         sizes = sizes.flatten().sort(descending=True).values
         k = min(self.k, len(sizes))  # of all tensors it may exceed the groups of this one
         tails = sizes.flip(0).cumsum(0).flip(0)[:k]  # sums from the small end: nothing cancels
@@ -180,11 +187,16 @@ class GroupEnvelope(Grouped):
         first = (levels >= sizes[:k]).int().argmax()
         return levels.gather(0, first.view(1)).view(())
 
-    def _stretch(self, norms: Tensor, shape: Sequence[int]) -> Tensor:
-        """d_G / u_G per group from float64 norms; for a zero group, where any number serves, d_G; NaN for NaN."""
-        sizes = self._sizes(norms, shape)
-        ratio = self._level(sizes) / torch.where(sizes > 0, sizes, torch.full_like(sizes, torch.inf))
-        return torch.where(norms.isnan(), torch.nan, ratio.clamp_min(1) * self._weights(shape, norms))
+    def _stretches(self, norms: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+        """d_G / u_G per group of tensors that share k, from float64 norms; for a zero group, where any number serves,
+        d_G; NaN for NaN."""
+        sizes = [self._sizes(some, shape) for some, shape in zip(norms, shapes)]
+        level = self._level(torch.cat([some.flatten() for some in sizes]))
+        ratios = [level / torch.where(some > 0, some, torch.full_like(some, torch.inf)) for some in sizes]
+        return [
+            torch.where(some.isnan(), torch.nan, ratio.clamp_min(1) * self._weights(shape, some))
+            for some, ratio, shape in zip(norms, ratios, shapes)
+        ]
 
 
 def _finite(norms: Tensor) -> Tensor:
