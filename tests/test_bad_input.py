@@ -185,6 +185,33 @@ def test_parameters_that_cannot_be_trained_are_refused(dtype):
         LinBreg([("ok", torch.ones(1)), ("scale", bad)])
 
 
+@pytest.mark.parametrize(("bad", "error", "message"), [
+    (torch.zeros(1).expand(5), ValueError, r"'scale' has elements that share memory \(strides \(0,\).*; clone\(\) it"),
+    (torch.zeros(3, 1).expand(3, 2), ValueError, r"'scale' has elements that share memory \(strides \(1, 0\)"),
+    (torch.zeros(3).to_sparse(), TypeError, r"'scale' has layout torch.sparse_coo; train a dense one: to_dense\(\)"),
+], ids=["a number", "columns", "sparse"])  # fmt: skip
+def test_parameters_that_no_step_can_write_are_refused_when_added(bad, error, message):
+    """They would fail in mid-step, when others have changed."""
+    bad = torch.nn.Parameter(bad)
+    with pytest.raises(error, match=rf"AdaBreg: parameter {message}"):
+        AdaBreg([("ok", torch.nn.Parameter(torch.ones(1))), ("scale", bad)])
+    optimizer = AdaBreg(model())
+    train(optimizer, optimizer.param_groups[0]["params"], 1)
+    before = snapshot(optimizer)
+    with pytest.raises(error, match=message.replace("'scale'", r"AdaBreg: parameter 0 of shape \(.*\)")):
+        optimizer.add_param_group({"params": [bad]})
+    assert len(optimizer.param_groups) == 1
+    assert_unchanged(optimizer, before)
+
+
+def test_strides_of_zero_where_nothing_is_shared_are_fine(driver):
+    params = [
+        torch.nn.Parameter(torch.zeros(4, 1).expand(4, 0)),
+        torch.nn.Parameter(torch.ones(1).as_strided((1, 1), (0, 0))),
+    ]
+    train(LinBreg(params, fused=driver.fused), params, 2)
+
+
 def sparse_like(p: torch.Tensor) -> torch.Tensor:
     return torch.ones_like(p).to_sparse()
 

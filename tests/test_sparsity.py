@@ -345,6 +345,19 @@ def test_wrong_arguments_change_nothing(arguments: dict[str, object], error: typ
     assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_memory_that_elements_share_is_named_before_anything_changes(name: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4))
+    shape = getattr(model[1], name).shape
+    setattr(model[1], name, nn.Parameter(torch.zeros(()).expand(shape)))
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=rf"'1.{name}' has elements that share memory \(strides \(0.*; clone\(\) it"):
+        sparse_init_(model, 0.5)
+    assert all(map(torch.equal, before, model.parameters()))
+    if name == "bias":
+        sparse_init_(model, 0.5, bias="keep")
+
+
 def test_models_without_weights_are_named() -> None:
     with pytest.raises(ValueError, match="ReLU has no Linear, convolution or attention weight"):
         sparse_init_(nn.ReLU())

@@ -132,6 +132,17 @@ class SparseOptimizer(torch.optim.Optimizer):
                     f"{owner}: {self._describe(group, index)} has unsupported dtype {param.dtype}; "
                     "train it in float32, float64, bfloat16 or float16"
                 )
+            if param.layout is not torch.strided:
+                raise TypeError(
+                    f"{owner}: {self._describe(group, index)} has layout {param.layout}; "
+                    "train a dense one: to_dense() before it becomes a parameter"
+                )
+            if _masks.overlaps_itself(local(param)):
+                raise ValueError(
+                    f"{owner}: {self._describe(group, index)} has elements that share memory (strides "
+                    f"{tuple(param.stride())}, as expand() makes), so that no step can set each; clone() it before it "
+                    "becomes a parameter"
+                )
             if reg is not None:
                 try:
                     reg.groups_of(param.shape)

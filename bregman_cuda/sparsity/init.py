@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from ..optim._masks import overlaps_itself
 from . import paths
 from .groups import by_key
 from .init_report import InitRow, SparseInitReport, left_dense
@@ -21,6 +22,7 @@ from .report import GROUP_DIMS
 Groups = Union[str, tuple[int, ...], None]
 Bias = Literal["positive", "symmetric", "zero", "keep"]
 _BIASES = ("positive", "symmetric", "zero", "keep")
+_LEFT = ("none", "keep")  # there is no bias, or it stays as it is
 
 
 @dataclass
@@ -87,7 +89,8 @@ def sparse_init_(
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: a value out of range, a key that fits nothing, a model without such weights or on the meta device.
+        ValueError: a value out of range, a key that fits nothing, a model without such weights or on the meta device, a
+            weight or bias whose elements share memory.
         All are raised before anything is changed.
 
     >>> model = nn.Sequential(nn.Linear(100, 50), nn.ReLU(), nn.Linear(50, 10))
@@ -129,6 +132,7 @@ def _plan(
         if share is not None and weight.tensor.requires_grad:
             _check_density(weight, share)
             checked.append((weight, share, _dims(weight, grouping), _bias(weight, bias, before_norm)))
+            _check_memory(weight, checked[-1][-1])
     notes: list[str] = []
     if frozen := [weight.name for weight in weights if not weight.tensor.requires_grad]:
         notes.append(f"frozen (requires_grad=False), so left as they are: {', '.join(frozen)}")
@@ -148,6 +152,19 @@ def _check_density(weight: Weight, density: Any) -> None:
     if weight.tensor.device.type == "meta" or not weight.tensor.is_floating_point():
         kind = f"{weight.tensor.dtype} on device {weight.tensor.device}"
         raise ValueError(f"{weight.name!r} ({kind}) cannot be initialised; give the model real floating-point weights")
+
+
+def _check_memory(weight: Weight, bias: str) -> None:
+    written = {"weight": weight.tensor}
+    if bias not in _LEFT:
+        written["bias"] = weight.module.bias  # type: ignore[assignment]
+    for kind, tensor in written.items():
+        if overlaps_itself(tensor):
+            name = weight.name if kind == "weight" else f"{weight.module_name}.bias".lstrip(".")
+            raise ValueError(
+                f"{name!r} has elements that share memory (strides {tensor.stride()}, as expand() makes), so that it "
+                "cannot be initialised; clone() it before it becomes a parameter"
+            )
 
 
 def _dims(weight: Weight, groups: Groups) -> tuple[int, ...]:
@@ -244,7 +261,7 @@ def _write(layer: _Layer, bias_scale: float, generator: torch.Generator | None) 
     fresh = torch.zeros_like(tensor)
     fresh[mask] = values
     tensor.copy_(fresh)
-    if layer.bias in ("none", "keep"):
+    if layer.bias in _LEFT:
         return
     bias = layer.weight.module.bias
     assert isinstance(bias, Tensor)
