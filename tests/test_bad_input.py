@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
 
 import pytest
 import torch
 from small import assert_unchanged, model, set_grads, snapshot, train
 
 from bregman_cuda import (
+    HSPG,
     L1,
     MCP,
     RAMDA,
@@ -19,6 +23,7 @@ from bregman_cuda import (
     GroupEnvelope,
     GroupLasso,
     LinBreg,
+    Nuclear,
     ProxAdam,
     ProxSGD,
     SparseGroupLasso,
@@ -98,6 +103,44 @@ def test_bad_options_are_refused_when_made_and_when_added(optimizer, options, er
         good.add_param_group({"params": params, **options})
     assert len(good.param_groups) == 1
     assert_unchanged(good, before)
+
+
+def test_numbers_of_numpy_are_taken_and_kept_as_pythons(tmp_path):
+    """Schedulers set them, too; a state dict with them in it would not load with weights_only=True."""
+    numpy = pytest.importorskip("numpy")
+    params = model()
+    reg = GroupLasso(numpy.float32(0.1), groups=(numpy.int64(0),))
+    flags = dict(maximize=numpy.bool_(False), check_finite=numpy.bool_(True))
+    optimizer = AdaBreg(params, numpy.float32(0.1), reg, numpy.int64(2), (numpy.float64(0.9), 0.99), **flags)
+    twins = model()
+    twin_reg = GroupLasso(float(numpy.float32(0.1)), (0,))
+    twin = AdaBreg(twins, float(numpy.float32(0.1)), twin_reg, 2, (0.9, 0.99), check_finite=True)
+    for made in (optimizer, twin):
+        train(made, made.param_groups[0]["params"], 2)
+        made.param_groups[0]["reg"].lam = numpy.float64(0.2)
+        made.param_groups[0]["lr"] = numpy.float16(0.5)
+    optimizer.param_groups[0]["max_lr"] = numpy.float32(3)
+    torch.save(optimizer.state_dict(), tmp_path / "saved.pt")
+    saved = torch.load(tmp_path / "saved.pt", weights_only=True)["param_groups"][0]
+    kinds = {name: type(saved[name]) for name in ("lr", "delta", "max_lr", "maximize", "check_finite")}
+    assert kinds == dict(lr=float, delta=int, max_lr=float, maximize=bool, check_finite=bool)
+    assert [saved["lr"], *map(type, saved["betas"])] == [0.5, float, float]
+    assert saved["reg"] == dict(regularizer="GroupLasso", lam=0.2, groups=(0,), weight="sqrt_size")
+    for made in (optimizer, twin):
+        train(made, made.param_groups[0]["params"], 1)
+    assert all(map(torch.equal, params, twins))
+    assert type(optimizer.param_groups[0]["lr"]) is float
+    nuclear = Nuclear(numpy.float64(1.0), every=numpy.int32(2))
+    assert [(type(v), v) for v in (nuclear.lam, nuclear.every)] == [(float, 1.0), (int, 2)]
+    assert HSPG(model(), 0.1, reg, k=numpy.int64(2), end=numpy.int64(5)).param_groups[0]["k"] == 2
+
+
+@pytest.mark.parametrize("bad", [Fraction(1, 3), Decimal("0.1")])
+def test_a_number_that_a_float_does_not_hold_is_refused_with_a_remedy(bad):
+    for make in (lambda: LinBreg(model(), lr=bad), lambda: L1(bad)):
+        with pytest.raises(TypeError, match=rf"(lr|lam) must be a number, got {re.escape(repr(bad))}; use float\("):
+            make()
+    assert LinBreg(model(), lr=Fraction(1, 4)).param_groups[0]["lr"] == 0.25
 
 
 def test_a_bad_lr_set_before_the_first_step_is_refused_by_name():

@@ -251,6 +251,16 @@ def test_live_outputs_are_counted() -> None:
     assert [row.live_outputs for row in report.rows] == live
 
 
+def test_numbers_of_numpy_are_taken() -> None:
+    numpy = pytest.importorskip("numpy")
+    models = [nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4)) for _ in range(2)]
+    numbers = [(numpy.float32(0.25), (numpy.int64(1),), numpy.float32(2), numpy.int8(1)), (0.25, (1,), 2.0, 1)]
+    for model, (share, groups, scale, gain) in zip(models, numbers, strict=True):
+        generator = torch.Generator().manual_seed(0)
+        sparse_init_(model, share, groups, bias_scale=scale, gain=gain, generator=generator)
+    assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
+
+
 def test_what_is_not_known_is_said() -> None:
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.PixelShuffle(2), nn.Conv2d(1, 4, 3))
     assert any("2.weight: which of its inputs are live is not known" in note for note in sparse_init_(model, 0.1).notes)

@@ -59,8 +59,10 @@ class SparseOptimizer(torch.optim.Optimizer):
         flags = dict(maximize=maximize, fused=fused, count_nonzeros=count_nonzeros, check_finite=check_finite)
         flags["capturable"] = capturable
         self._plans: dict[int, tuple[Any, GroupPlan]] = {}
-        self._check({**defaults, **flags, "params": []})
-        super().__init__(params, {**defaults, **flags})
+        options = {**defaults, **flags, "params": []}
+        self._check(options)
+        del options["params"]
+        super().__init__(params, options)
 
     def _rule(self, group: dict[str, Any]) -> Rule:
         raise NotImplementedError
@@ -88,9 +90,11 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     def _check_options(self, group: dict[str, Any]) -> None:
         owner, reg = type(self).__name__, group["reg"]
+        _checkpoint.plain_options(group)
         for flag in ("maximize", "count_nonzeros", "check_finite", "capturable"):
             if group[flag] not in (True, False):
                 raise ValueError(f"{owner}: {flag} must be True or False, got {group[flag]!r}")
+            group[flag] = bool(group[flag])
         check_lr(owner, group["lr"], group["capturable"])
         if reg is not None and not isinstance(reg, Regularizer):
             raise TypeError(f"{owner}: reg must be None or a regularizer such as bregman_cuda.L1(lam=0.1), got {reg!r}")

@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..optim._masks import overlaps_itself
+from ..regularizers._base import plain_number
 from . import paths
 from .groups import by_key
 from .init_report import InitRow, SparseInitReport, left_dense
@@ -97,6 +98,7 @@ def sparse_init_(
     >>> sparse_init_(model, 0.1).nonzeros
     550
     """
+    bias_scale, gain = plain_number(bias_scale), plain_number(gain)
     layers, notes = _plan(model, density, groups, bias, bias_scale, gain, generator)
     notes += _connect(model, layers, generator)
     for layer in layers:
@@ -130,6 +132,7 @@ def _plan(
     checked = []
     for weight, share, grouping in zip(weights, densities, groupings, strict=True):
         if share is not None and weight.tensor.requires_grad:
+            share = plain_number(share)
             _check_density(weight, share)
             checked.append((weight, share, _dims(weight, grouping), _bias(weight, bias, before_norm)))
             _check_memory(weight, checked[-1][-1])
@@ -171,7 +174,8 @@ def _dims(weight: Weight, groups: Groups) -> tuple[int, ...]:
     ndim = weight.tensor.dim()
     if isinstance(groups, str) and groups not in GROUP_DIMS:
         raise ValueError(f"groups={groups!r} is unknown; use None, 'out', 'in', 'kernel' or a tuple of dims")
-    dims = tuple(range(ndim)) if groups is None else GROUP_DIMS[groups] if isinstance(groups, str) else tuple(groups)
+    dims = tuple(range(ndim)) if groups is None else GROUP_DIMS[groups] if isinstance(groups, str) else groups
+    dims = tuple(map(plain_number, dims))
     if not all(isinstance(dim, int) and -ndim <= dim < ndim for dim in dims):
         raise ValueError(f"groups={groups!r} does not fit {weight.name!r} of shape {tuple(weight.tensor.shape)}")
     return tuple(sorted({dim % ndim for dim in dims}))
