@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
@@ -151,6 +152,26 @@ def test_a_bad_lr_set_before_the_first_step_is_refused_by_name():
     with pytest.raises(TypeError, match=r"LinBreg: lr must be .*got 'fast'"):
         optimizer.step()
     assert not optimizer.state
+
+
+def test_an_entry_of_a_group_that_looks_like_an_option_is_warned_of():
+    entries = {"lamda": 0.1, "momentun": 0.9, "max_momentum": 0.9, "weight_decay": 0.1, "name": "x", 3: 4}
+    with pytest.warns(UserWarning, match="LinBreg has no option") as caught:
+        optimizer = LinBreg([{"params": model(), **entries}])
+    assert [str(warning.message) for warning in caught] == [
+        "LinBreg has no option 'lamda': that entry of a parameter group does nothing. "
+        "Is 'reg', such as reg=L1(lam=0.1), meant?",
+        "LinBreg has no option 'momentun': that entry of a parameter group does nothing. Is 'momentum' meant?",
+    ]
+    assert optimizer.param_groups[0].items() >= entries.items()  # as in torch
+    with pytest.warns(UserWarning, match=r"'beta'.* Is 'betas' meant\?"):
+        AdaBreg([{"params": model(), "beta": 0.9}])
+    for kind in (AdaBreg, HSPG, RAMDA, ProxAdam):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            other = kind(model(), 0.1)
+            torch.optim.lr_scheduler.OneCycleLR(other, 0.1, total_steps=9, cycle_momentum=False)
+            kind([{**other.param_groups[0], "params": model()}], 0.1)
 
 
 def test_a_lazy_layer_is_refused_by_number():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import operator
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -28,6 +30,8 @@ from ._shards import (
 )
 from ._traced import traced_step
 
+# What looks like an option, and is none.
+_OF_REGULARIZERS = dict.fromkeys(("lam", "lamda", "lambda", "regularizer"), "'reg', such as reg=L1(lam=0.1),")
 # Without a Python call per tensor.
 _layout, _dtype = operator.attrgetter("layout"), operator.attrgetter("dtype")
 
@@ -37,6 +41,9 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     A subclass says which rule serves a group (`_rule`) and checks its own hyper-parameters (`_check_group`).
     Parameters without a gradient are skipped: neither their state nor their sparsity changes.
+
+    Change state tensors in place, as in ``optimizer.state[p]["dual"].copy_(other)``. Kernels hold their addresses:
+    another tensor put in their place by hand is seen for sure only after `load_state_dict` or `set_mask`.
     """
 
     _captured: list[GroupPlan]  # plans that a CUDA graph may hold
@@ -78,6 +85,10 @@ class SparseOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError, TypeError: an option out of its range, or a parameter that cannot be regularized so.
+
+        Warns:
+            UserWarning: an unknown option that looks like a misspelt one. Others stay, as in torch: other libraries
+                keep their own in a group.
         """
         before = len(self.param_groups)
         super().add_param_group(param_group)
@@ -87,6 +98,19 @@ class SparseOptimizer(torch.optim.Optimizer):
             del self.param_groups[before:]
             raise
         self._forget_plans()
+        self._warn_of_misspelt(param_group)
+
+    def _warn_of_misspelt(self, param_group: dict[str, Any]) -> None:
+        meant = {name: repr(name) for name in (*self.defaults, "params")} | _OF_REGULARIZERS
+        for name in param_group:
+            known = name in self.defaults or name in ("params", "param_names", *_checkpoint.FOREIGN)
+            likely = [] if known or not isinstance(name, str) else difflib.get_close_matches(name, meant, 1, 0.8)
+            if likely:
+                warnings.warn(
+                    f"{type(self).__name__} has no option {name!r}: that entry of a parameter group does nothing. "
+                    f"Is {meant[likely[0]]} meant?",
+                    stacklevel=3,
+                )
 
     def _check_options(self, group: dict[str, Any]) -> None:
         owner, reg = type(self).__name__, group["reg"]

@@ -26,7 +26,7 @@ FLAGS = {
     "capturable": False,
 }  # may be missing
 # What torch's schedulers and SWA write into a group, and its Optimizer when it loads.
-_FOREIGN = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr", "differentiable"}
+FOREIGN = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr", "differentiable"}
 _PLAIN = {float, int, bool, str, type(None)}
 
 
@@ -90,7 +90,7 @@ def check(optimizer: SparseOptimizer, saved: dict[str, Any]) -> None:
 
 
 def _check_group(optimizer: SparseOptimizer, where: str, mine: dict[str, Any], theirs: dict[str, Any]) -> None:
-    if unknown := {*theirs} - {*optimizer.defaults, *mine, *FLAGS, *_FOREIGN, MASKS, "param_names"}:
+    if unknown := {*theirs} - {*optimizer.defaults, *mine, *FLAGS, *FOREIGN, MASKS, "param_names"}:
         raise ValueError(f"{where} has unknown options {', '.join(map(repr, sorted(unknown)))}: another optimizer's?")
     if missing := {"lr", "params"} - {*theirs}:  # other options of a dict from an older version may be missing
         raise KeyError(f"{where} has no {', '.join(map(repr, sorted(missing)))}")
