@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -60,7 +61,9 @@ def zoo() -> dict[str, tuple[nn.Module, set[str]]]:
 @pytest.mark.parametrize("name", zoo())
 def test_every_parameter_is_in_one_group(name: str) -> None:
     model, expected = zoo()[name]
-    groups = param_groups(model, L1(0.5), lr=0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        groups = param_groups(model, L1(0.5), lr=0.1)
+    assert bool(caught) == (not expected)
     grouped = [parameter for group in groups for _, parameter in group["params"]]
     assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
     assert {name for group in groups if group["reg"] for name, _ in group["params"]} == expected
@@ -131,6 +134,17 @@ def test_wrong_models_are_named() -> None:
         param_groups(nn.LazyLinear(3))
     with pytest.raises(ValueError, match="'reg' itself"):
         param_groups(nn.Linear(2, 2), reg=None)
+
+
+@pytest.mark.parametrize("weights", [L1(0.5), {}, lambda name, p: None])
+def test_a_model_in_which_nothing_is_regularized_is_named(weights: object) -> None:
+    with pytest.warns(UserWarning, match=r"GRU has no weight for .* parameters are weight_ih_l0, .*'weight_ih_l0': L1"):
+        param_groups(nn.GRU(3, 2), weights)  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        param_groups(nn.GRU(3, 2), None)
+        param_groups(nn.Linear(3, 2), {"*": None})
+        param_groups(nn.GRU(3, 2), {"weight_ih_l0": L1(0.1)})
 
 
 def test_a_computed_weight_is_announced() -> None:
