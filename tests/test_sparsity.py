@@ -275,7 +275,38 @@ def test_numbers_of_numpy_are_taken() -> None:
     assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
 
 
+class Residual(nn.Module):
+    """Whose forward nobody can tell from its children: two layers, and a sequence."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(width, width), nn.Linear(width, width)
+        self.branch = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Sequential(nn.Linear(width, width)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x).relu()) + self.branch(x)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_sequences_inside_of_other_modules_have_a_path_too(seed: int) -> None:
+    """In a block that is in a sequence itself; and the report says where none is known."""
+    model = nn.Sequential(Residual(12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 3))
+    report = sparse_init_(model, 0.01, bias="zero", generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.abs_()
+    assert model[0].branch(torch.ones(12)).sum() > 0
+    assert model[2:](torch.ones(12)).sum() > 0
+    live = {row.name: row.live_outputs for row in report.rows}
+    unknown = {"0.first.weight", "0.second.weight"}
+    assert {name for name, outputs in live.items() if outputs is None} == unknown
+    notes = "\n".join(report.notes)
+    assert "through these; each keeps a weight, which may read a dead input: 0.first.weight, 0.second.weight" in notes
+    assert "2.weight: which of its inputs are live is not known, so the path before it may end there" in notes
+
+
 def test_what_is_not_known_is_said() -> None:
+    assert sparse_init_(nn.Sequential(nn.Embedding(5, 9), nn.Linear(9, 9)), 0.5).notes == []  # all of it is live
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.PixelShuffle(2), nn.Conv2d(1, 4, 3))
     assert any("2.weight: which of its inputs are live is not known" in note for note in sparse_init_(model, 0.1).notes)
     report = sparse_init_(nn.TransformerEncoderLayer(8, 2, 16), 0.1)

@@ -65,8 +65,10 @@ def sparse_init_(
 
     The 1/density in the variance is eq. (4.3) of the paper; without it the signal fades by that factor per layer.
     Weights are those that `param_groups` regularizes. A mask keeps exactly ``max(1, round(density * n))`` of the n
-    elements (or groups) of a weight, and the scale follows the density reached. Along each nn.Sequential at least
-    one path of non-zero weights leads from its input to its output (one kept element or group moves, if need be).
+    elements (or groups) of a weight, and the scale follows the density reached. Along each nn.Sequential, wherever it
+    is in the model, at least one path of non-zero weights leads from its input to its output (one kept element or group
+    moves, if need be). Behind a module whose inside is not told, such as a residual block in the sequence, it starts
+    anew; layers that are in no nn.Sequential keep at least one weight, and no more is certain. The report names both.
     Paths are told by channel, not by pixel, and a ReLU may still close one: the report says how many outputs are live.
     Frozen weights (requires_grad=False), and their biases, stay as they are.
 
@@ -226,7 +228,10 @@ def _connect(model: nn.Module, layers: list[_Layer], generator: torch.Generator 
             else:
                 stream.pass_on(module)
     if unknown := [layer.weight.name for layer in layers if layer.weight.module not in seen]:
-        notes.append(f"not in an nn.Sequential, so no live path is guaranteed: {', '.join(unknown)}")
+        notes.append(
+            "not in an nn.Sequential, so no live path is guaranteed through these; each keeps a weight, which may read "
+            f"a dead input: {', '.join(unknown)}"
+        )
     return notes
 
 
