@@ -6,7 +6,7 @@ import importlib.util
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,15 @@ from ._backend import build_info
 from .experiments.data import DataError, Dataset, load
 from .experiments.models import MODELS
 from .experiments.plot import NAMES, save_plot
-from .experiments.settings import OPTIMIZERS, REGULARIZERS, Setting, default_model, default_setting, paper_figures
+from .experiments.settings import (
+    OPTIMIZERS,
+    REGULARIZERS,
+    Setting,
+    default_model,
+    default_setting,
+    paper_figures,
+    uses,
+)
 from .experiments.train import Run, make_model, make_optimizer, train
 
 _DEVICES = ("auto", "cpu", "cuda")
@@ -62,7 +70,8 @@ def train_command(
 ) -> None:
     """Train a sparse network from scratch with one or more optimizers, and compare them.
 
-    Options that are not given come from tuned settings for the data, the model and each optimizer.
+    Options that are not given come from tuned settings for the data, the model and each optimizer. One that only some
+    of several optimizers look at leaves the others as they are: Adam stays dense.
     """
     for option, values, known in (
         ("--model", [model], MODELS),
@@ -72,34 +81,33 @@ def train_command(
     ):
         _check_choices(option, values or (), known)
     _require_extras(data)
-    dataset = load(data)
     names = _optimizer_names(optimizer or ())
-    model_name = model or default_model(data, dataset.train_x.shape[2:])
     given = dict(lam=lam, lr=lr, delta=delta, density=density, epochs=epochs, batch_size=batch_size)
+    _check_use(names, reg, given)
+    dataset = load(data)
+    model_name = model or default_model(data, dataset.train_x.shape[2:])
     settings = [default_setting(data, model_name, name, reg, **given) for name in names]
     where = _device(device, fused)
     for setting in settings:  # whatever is wrong with an option shows here, before anything is trained or written
         make_optimizer(make_model(setting, dataset, seed), setting, fused)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be made a folder ({error.strerror}); choose another one") from None
+    plot, numbers = out / "training.png", out / "training.json"
+    _check_writable(out, (plot, numbers))
     if threads or data == "digits":
         torch.set_num_threads(threads or 1)  # batches of 32 digits are too small to share: two threads are slower
     console = Console(width=None if sys.stdout.isatty() else 120)
     runs = _train_all(settings, dataset, seed, fused, where, console)
     console.print(_table(runs))
-    save_plot(runs, out / "training.png")
-    (out / "training.json").write_text(json.dumps(_numbers(runs, where), indent=1) + "\n")
-    console.print(f"wrote {out / 'training.png'} and {out / 'training.json'}", soft_wrap=True, highlight=False)
+    save_plot(runs, plot)
+    numbers.write_text(json.dumps(_numbers(runs, where), indent=1) + "\n")
+    console.print(f"wrote {plot} and {numbers}", soft_wrap=True, highlight=False)
 
 
 def run_train(arguments: Sequence[str]) -> int:
     """Run the train command; wrong input ends in one line on stderr and status 2."""
     try:
         app(args=list(arguments), prog_name="python -m bregman_cuda train")
-    except (DataError, ValueError, TypeError, RuntimeError, ModuleNotFoundError) as error:
-        print_error(error)
+    except (DataError, ValueError, TypeError, RuntimeError, ModuleNotFoundError, OSError) as error:
+        print_error(error)  # an OSError: the disk is full, or the folder of --out gone since it was checked
         return 2
     except SystemExit as stop:
         return int(stop.code or 0)
@@ -114,6 +122,37 @@ def print_error(error: Exception) -> None:
 def _check_choices(option: str, values: Sequence[str | None], known: Sequence[str]) -> None:
     if unknown := [value for value in values if value is not None and value not in known]:
         raise ValueError(f"{option} {unknown[0]} is unknown; use one of {', '.join(known)}")
+
+
+def _check_use(names: Sequence[str], reg: str | None, given: Mapping[str, float | None]) -> None:
+    """Refuse an option that none of the optimizers looks at: with it or without, the numbers would be the same."""
+    for option, value in {"reg": reg, **given}.items():
+        if value is None:
+            continue
+        named = f"--{option.replace('_', '-')} {value}"
+        if not any(uses(name, option) for name in names):
+            who = ", ".join(names)
+            raise ValueError(f"{named} does not concern {who}; leave it out, or add an --optimizer it does")
+        if option == "lam" and reg == "none":
+            raise ValueError(f"{named} is the strength of a regularizer, and --reg none has none; leave one out")
+
+
+def _check_writable(folder: Path, files: Sequence[Path]) -> None:
+    """Make the folder, and try to open the files: what is wrong shows before hours of training, not after them."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {folder} cannot be made a folder ({error.strerror}); choose another one") from None
+    for file in files:
+        there = file.exists()
+        try:
+            with file.open("ab"):  # what an earlier training wrote stays until there is something new
+                pass
+        except OSError as error:
+            why = f"{file.name} cannot be written there ({error.strerror})"
+            raise ValueError(f"--out {folder}: {why}; remove what is in its way, or choose another folder") from None
+        if not there:
+            file.unlink()
 
 
 def _require_extras(data: str) -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
+import warnings
 from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
 
 import pytest
 import torch
 from small import assert_unchanged, model, set_grads, snapshot, train
 
 from bregman_cuda import (
+    HSPG,
     L1,
     MCP,
     RAMDA,
@@ -19,6 +24,7 @@ from bregman_cuda import (
     GroupEnvelope,
     GroupLasso,
     LinBreg,
+    Nuclear,
     ProxAdam,
     ProxSGD,
     SparseGroupLasso,
@@ -100,6 +106,44 @@ def test_bad_options_are_refused_when_made_and_when_added(optimizer, options, er
     assert_unchanged(good, before)
 
 
+def test_numbers_of_numpy_are_taken_and_kept_as_pythons(tmp_path):
+    """Schedulers set them, too; a state dict with them in it would not load with weights_only=True."""
+    numpy = pytest.importorskip("numpy")
+    params = model()
+    reg = GroupLasso(numpy.float32(0.1), groups=(numpy.int64(0),))
+    flags = dict(maximize=numpy.bool_(False), check_finite=numpy.bool_(True))
+    optimizer = AdaBreg(params, numpy.float32(0.1), reg, numpy.int64(2), (numpy.float64(0.9), 0.99), **flags)
+    twins = model()
+    twin_reg = GroupLasso(float(numpy.float32(0.1)), (0,))
+    twin = AdaBreg(twins, float(numpy.float32(0.1)), twin_reg, 2, (0.9, 0.99), check_finite=True)
+    for made in (optimizer, twin):
+        train(made, made.param_groups[0]["params"], 2)
+        made.param_groups[0]["reg"].lam = numpy.float64(0.2)
+        made.param_groups[0]["lr"] = numpy.float16(0.5)
+    optimizer.param_groups[0]["max_lr"] = numpy.float32(3)
+    torch.save(optimizer.state_dict(), tmp_path / "saved.pt")
+    saved = torch.load(tmp_path / "saved.pt", weights_only=True)["param_groups"][0]
+    kinds = {name: type(saved[name]) for name in ("lr", "delta", "max_lr", "maximize", "check_finite")}
+    assert kinds == dict(lr=float, delta=int, max_lr=float, maximize=bool, check_finite=bool)
+    assert [saved["lr"], *map(type, saved["betas"])] == [0.5, float, float]
+    assert saved["reg"] == dict(regularizer="GroupLasso", lam=0.2, groups=(0,), weight="sqrt_size")
+    for made in (optimizer, twin):
+        train(made, made.param_groups[0]["params"], 1)
+    assert all(map(torch.equal, params, twins))
+    assert type(optimizer.param_groups[0]["lr"]) is float
+    nuclear = Nuclear(numpy.float64(1.0), every=numpy.int32(2))
+    assert [(type(v), v) for v in (nuclear.lam, nuclear.every)] == [(float, 1.0), (int, 2)]
+    assert HSPG(model(), 0.1, reg, k=numpy.int64(2), end=numpy.int64(5)).param_groups[0]["k"] == 2
+
+
+@pytest.mark.parametrize("bad", [Fraction(1, 3), Decimal("0.1")])
+def test_a_number_that_a_float_does_not_hold_is_refused_with_a_remedy(bad):
+    for make in (lambda: LinBreg(model(), lr=bad), lambda: L1(bad)):
+        with pytest.raises(TypeError, match=rf"(lr|lam) must be a number, got {re.escape(repr(bad))}; use float\("):
+            make()
+    assert LinBreg(model(), lr=Fraction(1, 4)).param_groups[0]["lr"] == 0.25
+
+
 def test_a_bad_lr_set_before_the_first_step_is_refused_by_name():
     params = model()
     optimizer = LinBreg(params)
@@ -108,6 +152,26 @@ def test_a_bad_lr_set_before_the_first_step_is_refused_by_name():
     with pytest.raises(TypeError, match=r"LinBreg: lr must be .*got 'fast'"):
         optimizer.step()
     assert not optimizer.state
+
+
+def test_an_entry_of_a_group_that_looks_like_an_option_is_warned_of():
+    entries = {"lamda": 0.1, "momentun": 0.9, "max_momentum": 0.9, "weight_decay": 0.1, "name": "x", 3: 4}
+    with pytest.warns(UserWarning, match="LinBreg has no option") as caught:
+        optimizer = LinBreg([{"params": model(), **entries}])
+    assert [str(warning.message) for warning in caught] == [
+        "LinBreg has no option 'lamda': that entry of a parameter group does nothing. "
+        "Is 'reg', such as reg=L1(lam=0.1), meant?",
+        "LinBreg has no option 'momentun': that entry of a parameter group does nothing. Is 'momentum' meant?",
+    ]
+    assert optimizer.param_groups[0].items() >= entries.items()  # as in torch
+    with pytest.warns(UserWarning, match=r"'beta'.* Is 'betas' meant\?"):
+        AdaBreg([{"params": model(), "beta": 0.9}])
+    for kind in (AdaBreg, HSPG, RAMDA, ProxAdam):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            other = kind(model(), 0.1)
+            torch.optim.lr_scheduler.OneCycleLR(other, 0.1, total_steps=9, cycle_momentum=False)
+            kind([{**other.param_groups[0], "params": model()}], 0.1)
 
 
 def test_a_lazy_layer_is_refused_by_number():
@@ -183,6 +247,33 @@ def test_parameters_that_cannot_be_trained_are_refused(dtype):
     remedy = "; train it in float32" if dtype == torch.float8_e4m3fn else "; only real floating-point"
     with pytest.raises(TypeError, match=rf"LinBreg: parameter 'scale' has (unsupported )?dtype {dtype}{remedy}"):
         LinBreg([("ok", torch.ones(1)), ("scale", bad)])
+
+
+@pytest.mark.parametrize(("bad", "error", "message"), [
+    (torch.zeros(1).expand(5), ValueError, r"'scale' has elements that share memory \(strides \(0,\).*; clone\(\) it"),
+    (torch.zeros(3, 1).expand(3, 2), ValueError, r"'scale' has elements that share memory \(strides \(1, 0\)"),
+    (torch.zeros(3).to_sparse(), TypeError, r"'scale' has layout torch.sparse_coo; train a dense one: to_dense\(\)"),
+], ids=["a number", "columns", "sparse"])  # fmt: skip
+def test_parameters_that_no_step_can_write_are_refused_when_added(bad, error, message):
+    """They would fail in mid-step, when others have changed."""
+    bad = torch.nn.Parameter(bad)
+    with pytest.raises(error, match=rf"AdaBreg: parameter {message}"):
+        AdaBreg([("ok", torch.nn.Parameter(torch.ones(1))), ("scale", bad)])
+    optimizer = AdaBreg(model())
+    train(optimizer, optimizer.param_groups[0]["params"], 1)
+    before = snapshot(optimizer)
+    with pytest.raises(error, match=message.replace("'scale'", r"AdaBreg: parameter 0 of shape \(.*\)")):
+        optimizer.add_param_group({"params": [bad]})
+    assert len(optimizer.param_groups) == 1
+    assert_unchanged(optimizer, before)
+
+
+def test_strides_of_zero_where_nothing_is_shared_are_fine(driver):
+    params = [
+        torch.nn.Parameter(torch.zeros(4, 1).expand(4, 0)),
+        torch.nn.Parameter(torch.ones(1).as_strided((1, 1), (0, 0))),
+    ]
+    train(LinBreg(params, fused=driver.fused), params, 2)
 
 
 def sparse_like(p: torch.Tensor) -> torch.Tensor:

@@ -114,6 +114,12 @@ def test_options_reach_the_training(tmp_path: Path, extra: None) -> None:
         ("--quick", "--quick"),
         ("--device tpu", "--device tpu is unknown; use one of auto, cpu, cuda"),
         ("--out file", "--out file cannot be made a folder"),
+        ("--out file/below", "--out file/below cannot be made a folder"),
+        ("--optimizer adam --lam 0.1", "--lam 0.1 does not concern adam; leave it out, or add an --optimizer it does"),
+        ("--optimizer adam --reg l1", "--reg l1 does not concern adam"),
+        ("--optimizer adam --density 0.5", "--density 0.5 does not concern adam"),
+        ("--optimizer rmda --optimizer adam --delta 2", "--delta 2.0 does not concern rmda, adam"),
+        ("--reg none --lam 0.1", "--lam 0.1 is the strength of a regularizer, and --reg none has none"),
     ],
 )
 def test_wrong_options_are_named_before_anything_is_done(
@@ -132,6 +138,63 @@ def test_wrong_options_are_named_before_anything_is_done(
     assert "Traceback" not in printed.err
     assert printed.out == ""
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bregman_cuda import cli
+
+    def train(*_: object, **__: object) -> None:
+        raise AssertionError("it began to train")
+
+    monkeypatch.setattr(cli, "train", train)
+
+
+@pytest.mark.parametrize("name", ["training.png", "training.json"])
+def test_a_file_that_cannot_be_written_is_named_before_training(
+    name: str, tmp_path: Path, extra: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    untrained(monkeypatch)
+    (tmp_path / name).mkdir()
+    assert main(["train", "--out", str(tmp_path)]) == 2
+    printed = capsys.readouterr()
+    assert printed.err == (
+        f"error: --out {tmp_path}: {name} cannot be written there (Is a directory); "
+        "remove what is in its way, or choose another folder\n"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_folder_without_write_permission_is_named_before_training(
+    tmp_path: Path, extra: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    untrained(monkeypatch)
+    tmp_path.chmod(0o500)
+    if os.access(tmp_path, os.W_OK):
+        pytest.skip("this user may write everywhere")
+    assert main(["train", "--out", str(tmp_path)]) == 2
+    assert "training.png cannot be written there (Permission denied)" in capsys.readouterr().err
+
+
+def test_a_disk_that_fills_while_it_trains_is_one_line_and_old_results_stay(
+    tmp_path: Path, extra: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bregman_cuda import cli
+
+    def full(runs: object, path: Path) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(cli, "save_plot", full)
+    (tmp_path / "training.json").write_text("earlier")
+    assert main(["train", "--optimizer", "adam", "--epochs", "1", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: [Errno 28] No space left on device: '{tmp_path / 'training.png'}'\n"
+    assert (tmp_path / "training.json").read_text() == "earlier"
+
+
+def test_options_that_one_of_several_optimizers_uses_are_taken(tmp_path: Path, extra: None) -> None:
+    options = ["--optimizer", "adam", "--optimizer", "proxsgd", "--lam", "0.7", "--epochs", "1"]
+    assert main(["train", *options, "--out", str(tmp_path)]) == 0
+    adam, sparse = json.loads((tmp_path / "training.json").read_text())["runs"]
+    assert (adam["reg"], adam["lam"], sparse["reg"], sparse["lam"]) == ("none", 0.0, "l1", 0.7)
 
 
 def test_a_damaged_file_ends_in_one_line(tmp_path: Path, extra: None) -> None:

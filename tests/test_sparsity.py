@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -60,7 +61,9 @@ def zoo() -> dict[str, tuple[nn.Module, set[str]]]:
 @pytest.mark.parametrize("name", zoo())
 def test_every_parameter_is_in_one_group(name: str) -> None:
     model, expected = zoo()[name]
-    groups = param_groups(model, L1(0.5), lr=0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        groups = param_groups(model, L1(0.5), lr=0.1)
+    assert bool(caught) == (not expected)
     grouped = [parameter for group in groups for _, parameter in group["params"]]
     assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
     assert {name for group in groups if group["reg"] for name, _ in group["params"]} == expected
@@ -131,6 +134,17 @@ def test_wrong_models_are_named() -> None:
         param_groups(nn.LazyLinear(3))
     with pytest.raises(ValueError, match="'reg' itself"):
         param_groups(nn.Linear(2, 2), reg=None)
+
+
+@pytest.mark.parametrize("weights", [L1(0.5), {}, lambda name, p: None])
+def test_a_model_in_which_nothing_is_regularized_is_named(weights: object) -> None:
+    with pytest.warns(UserWarning, match=r"GRU has no weight for .* parameters are weight_ih_l0, .*'weight_ih_l0': L1"):
+        param_groups(nn.GRU(3, 2), weights)  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        param_groups(nn.GRU(3, 2), None)
+        param_groups(nn.Linear(3, 2), {"*": None})
+        param_groups(nn.GRU(3, 2), {"weight_ih_l0": L1(0.1)})
 
 
 def test_a_computed_weight_is_announced() -> None:
@@ -251,7 +265,48 @@ def test_live_outputs_are_counted() -> None:
     assert [row.live_outputs for row in report.rows] == live
 
 
+def test_numbers_of_numpy_are_taken() -> None:
+    numpy = pytest.importorskip("numpy")
+    models = [nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4)) for _ in range(2)]
+    numbers = [(numpy.float32(0.25), (numpy.int64(1),), numpy.float32(2), numpy.int8(1)), (0.25, (1,), 2.0, 1)]
+    for model, (share, groups, scale, gain) in zip(models, numbers, strict=True):
+        generator = torch.Generator().manual_seed(0)
+        sparse_init_(model, share, groups, bias_scale=scale, gain=gain, generator=generator)
+    assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
+
+
+class Residual(nn.Module):
+    """Whose forward nobody can tell from its children: two layers, and a sequence."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(width, width), nn.Linear(width, width)
+        self.branch = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Sequential(nn.Linear(width, width)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x).relu()) + self.branch(x)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_sequences_inside_of_other_modules_have_a_path_too(seed: int) -> None:
+    """In a block that is in a sequence itself; and the report says where none is known."""
+    model = nn.Sequential(Residual(12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 3))
+    report = sparse_init_(model, 0.01, bias="zero", generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.abs_()
+    assert model[0].branch(torch.ones(12)).sum() > 0
+    assert model[2:](torch.ones(12)).sum() > 0
+    live = {row.name: row.live_outputs for row in report.rows}
+    unknown = {"0.first.weight", "0.second.weight"}
+    assert {name for name, outputs in live.items() if outputs is None} == unknown
+    notes = "\n".join(report.notes)
+    assert "through these; each keeps a weight, which may read a dead input: 0.first.weight, 0.second.weight" in notes
+    assert "2.weight: which of its inputs are live is not known, so the path before it may end there" in notes
+
+
 def test_what_is_not_known_is_said() -> None:
+    assert sparse_init_(nn.Sequential(nn.Embedding(5, 9), nn.Linear(9, 9)), 0.5).notes == []  # all of it is live
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.PixelShuffle(2), nn.Conv2d(1, 4, 3))
     assert any("2.weight: which of its inputs are live is not known" in note for note in sparse_init_(model, 0.1).notes)
     report = sparse_init_(nn.TransformerEncoderLayer(8, 2, 16), 0.1)
@@ -343,6 +398,19 @@ def test_wrong_arguments_change_nothing(arguments: dict[str, object], error: typ
     with pytest.raises(error, match=says):
         sparse_init_(model, **arguments)  # type: ignore[arg-type]
     assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_memory_that_elements_share_is_named_before_anything_changes(name: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4))
+    shape = getattr(model[1], name).shape
+    setattr(model[1], name, nn.Parameter(torch.zeros(()).expand(shape)))
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=rf"'1.{name}' has elements that share memory \(strides \(0.*; clone\(\) it"):
+        sparse_init_(model, 0.5)
+    assert all(map(torch.equal, before, model.parameters()))
+    if name == "bias":
+        sparse_init_(model, 0.5, bias="keep")
 
 
 def test_models_without_weights_are_named() -> None:

@@ -155,20 +155,24 @@ def default_model(data: str, image_shape: Sequence[int]) -> str:
     return "convnet" if data != "digits" and min(image_shape) >= 16 else "mlp"
 
 
+def uses(optimizer: str, option: str) -> bool:
+    """Whether an optimizer's training depends on a field of its setting; Adam stays dense."""
+    if optimizer == "adam":
+        return option not in ("reg", "lam", "delta", "density")
+    return option != "delta" or optimizer in ("adabreg", "linbreg", "linbreg-momentum")
+
+
 def default_setting(data: str, model: str, optimizer: str, reg: str | None = None, **given: float | None) -> Setting:
     """The setting of an optimizer for a data set and a model, with what was given instead of the defaults.
 
-    Adam stays dense: `reg`, `lam`, `delta` and `density` do not concern it.
+    What the optimizer does not use is dropped, so that several can be compared with the same options.
 
     Raises:
         ValueError: a value out of its range.
     """
     table = _TABLES["digits" if data == "digits" else "idx", model if data != "digits" else "mlp"]
-    chosen = {name: value for name, value in given.items() if value is not None}
-    if reg is not None:
-        chosen["reg"] = reg  # type: ignore[assignment]
-    if optimizer == "adam":
-        chosen = {name: value for name, value in chosen.items() if name in ("lr", "epochs", "batch_size")}
+    options = {"reg": reg, **given}
+    chosen = {name: value for name, value in options.items() if value is not None and uses(optimizer, name)}
     defaults = {**table[""], **table[optimizer]}
     if chosen.get("reg", defaults["reg"]) in ("group-out", "group-in", "sparse-group"):
         defaults |= table.get(f"{optimizer} in groups", {})

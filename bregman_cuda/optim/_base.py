@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import operator
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -29,6 +31,8 @@ from ._shards import (
 )
 from ._traced import traced_step
 
+# What looks like an option, and is none.
+_OF_REGULARIZERS = dict.fromkeys(("lam", "lamda", "lambda", "regularizer"), "'reg', such as reg=L1(lam=0.1),")
 # Without a Python call per tensor.
 _layout, _dtype = operator.attrgetter("layout"), operator.attrgetter("dtype")
 
@@ -38,6 +42,9 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     A subclass says which rule serves a group (`_rule`) and checks its own hyper-parameters (`_check_group`).
     Parameters without a gradient are skipped: neither their state nor their sparsity changes.
+
+    Change state tensors in place, as in ``optimizer.state[p]["dual"].copy_(other)``. Kernels hold their addresses:
+    another tensor put in their place by hand is seen for sure only after `load_state_dict` or `set_mask`.
     """
 
     _captured: list[GroupPlan]  # plans that a CUDA graph may hold
@@ -60,8 +67,10 @@ class SparseOptimizer(torch.optim.Optimizer):
         flags = dict(maximize=maximize, fused=fused, count_nonzeros=count_nonzeros, check_finite=check_finite)
         flags["capturable"] = capturable
         self._plans: dict[int, tuple[Any, GroupPlan]] = {}
-        self._check({**defaults, **flags, "params": []})
-        super().__init__(params, {**defaults, **flags})
+        options = {**defaults, **flags, "params": []}
+        self._check(options)
+        del options["params"]
+        super().__init__(params, options)
 
     def _rule(self, group: dict[str, Any]) -> Rule:
         raise NotImplementedError
@@ -77,6 +86,10 @@ class SparseOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError, TypeError: an option out of its range, or a parameter that cannot be regularized so.
+
+        Warns:
+            UserWarning: an unknown option that looks like a misspelt one. Others stay, as in torch: other libraries
+                keep their own in a group.
         """
         before = len(self.param_groups)
         super().add_param_group(param_group)
@@ -86,12 +99,27 @@ class SparseOptimizer(torch.optim.Optimizer):
             del self.param_groups[before:]
             raise
         self._forget_plans()
+        self._warn_of_misspelt(param_group)
+
+    def _warn_of_misspelt(self, param_group: dict[str, Any]) -> None:
+        meant = {name: repr(name) for name in (*self.defaults, "params")} | _OF_REGULARIZERS
+        for name in param_group:
+            known = name in self.defaults or name in ("params", "param_names", *_checkpoint.FOREIGN)
+            likely = [] if known or not isinstance(name, str) else difflib.get_close_matches(name, meant, 1, 0.8)
+            if likely:
+                warnings.warn(
+                    f"{type(self).__name__} has no option {name!r}: that entry of a parameter group does nothing. "
+                    f"Is {meant[likely[0]]} meant?",
+                    stacklevel=3,
+                )
 
     def _check_options(self, group: dict[str, Any]) -> None:
         owner, reg = type(self).__name__, group["reg"]
+        _checkpoint.plain_options(group)
         for flag in ("maximize", "count_nonzeros", "check_finite", "capturable"):
             if group[flag] not in (True, False):
                 raise ValueError(f"{owner}: {flag} must be True or False, got {group[flag]!r}")
+            group[flag] = bool(group[flag])
         check_lr(owner, group["lr"], group["capturable"])
         if reg is not None and not isinstance(reg, Regularizer):
             raise TypeError(f"{owner}: reg must be None or a regularizer such as bregman_cuda.L1(lam=0.1), got {reg!r}")
@@ -132,6 +160,17 @@ class SparseOptimizer(torch.optim.Optimizer):
                 raise TypeError(
                     f"{owner}: {self._describe(group, index)} has unsupported dtype {param.dtype}; "
                     "train it in float32, float64, bfloat16 or float16"
+                )
+            if param.layout is not torch.strided:
+                raise TypeError(
+                    f"{owner}: {self._describe(group, index)} has layout {param.layout}; "
+                    "train a dense one: to_dense() before it becomes a parameter"
+                )
+            if _masks.overlaps_itself(local(param)):
+                raise ValueError(
+                    f"{owner}: {self._describe(group, index)} has elements that share memory (strides "
+                    f"{tuple(param.stride())}, as expand() makes), so that no step can set each; clone() it before it "
+                    "becomes a parameter"
                 )
             if reg is not None:
                 try:

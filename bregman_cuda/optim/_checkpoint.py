@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..regularizers import Regularizer
+from ..regularizers._base import plain_number
 from ._masks import unpack
 from ._plan import slots_of
 from ._rule import Rule
@@ -25,7 +26,8 @@ FLAGS = {
     "capturable": False,
 }  # may be missing
 # What torch's schedulers and SWA write into a group, and its Optimizer when it loads.
-_FOREIGN = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr", "differentiable"}
+FOREIGN = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr", "differentiable"}
+_PLAIN = {float, int, bool, str, type(None)}
 
 
 # How many parameters of a group have a mask: torch.distributed.checkpoint leaves out, without a word, the masks of
@@ -34,15 +36,25 @@ MASKS = "masks"
 
 
 def plain(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    """Makes a state dict plain data: regularizers as dicts, masks as bools of their parameter's shape."""
+    """Makes a state dict plain data: regularizers as dicts, masks as bools, numbers as Python's."""
     state = state_dict["state"] = dict(state_dict["state"])  # its entries are the optimizer's own
     for mine, group in zip(optimizer.param_groups, state_dict["param_groups"]):
+        plain_options(group)
         if isinstance(group.get("reg"), Regularizer):
             group["reg"] = group["reg"].to_dict()
         for param, i in zip(mine["params"], group["params"]):
             if "mask" in state.get(i, {}):
                 state[i] = {**state[i], "mask": unpack(state[i]["mask"], param)}
         group[MASKS] = _masked(group, state)
+
+
+def plain_options(group: dict[str, Any]) -> None:
+    """Makes the numbers in a group Python's, in place: users and schedulers set numpy's, too."""
+    for name, value in group.items():
+        kind = type(value)
+        if kind in _PLAIN or name in ("params", "param_names"):  # each step passes here
+            continue
+        group[name] = kind(map(plain_number, value)) if kind in (tuple, list) else plain_number(value)
 
 
 def _masked(group: dict[str, Any], state: dict[Any, Any]) -> int:
@@ -78,7 +90,7 @@ def check(optimizer: SparseOptimizer, saved: dict[str, Any]) -> None:
 
 
 def _check_group(optimizer: SparseOptimizer, where: str, mine: dict[str, Any], theirs: dict[str, Any]) -> None:
-    if unknown := {*theirs} - {*optimizer.defaults, *mine, *FLAGS, *_FOREIGN, MASKS, "param_names"}:
+    if unknown := {*theirs} - {*optimizer.defaults, *mine, *FLAGS, *FOREIGN, MASKS, "param_names"}:
         raise ValueError(f"{where} has unknown options {', '.join(map(repr, sorted(unknown)))}: another optimizer's?")
     if missing := {"lr", "params"} - {*theirs}:  # other options of a dict from an older version may be missing
         raise KeyError(f"{where} has no {', '.join(map(repr, sorted(missing)))}")

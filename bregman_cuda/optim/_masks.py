@@ -22,6 +22,11 @@ def is_dense(t: Tensor) -> bool:
     return True
 
 
+def overlaps_itself(t: Tensor) -> bool:
+    """Whether several elements certainly share memory, as in an expanded tensor: torch refuses to write to those."""
+    return t.numel() > 0 and any(n > 1 and stride == 0 for n, stride in zip(t.shape, t.stride()))
+
+
 def flat(t: Tensor) -> Tensor:
     """A dense tensor's elements in memory order, as a view."""
     return t.as_strided((t.numel(),), (1,))

@@ -345,7 +345,8 @@ class GroupPlan:
 
     def is_current(self, state: dict[Any, Any]) -> bool:
         """See `Bucket.is_current`; and whether the optimizer still has the states of its first and last tensor, which
-        somebody may have cleared."""
+        somebody may have cleared. To look for single tensors that were exchanged in them, too, would cost 13 us (one
+        per parameter) to 22 us (three) of the host's 270 us for 500 tensors (2026-11-27, one core, shared machine)."""
         same = all(state.get(param) is known for param, known in self.ends)
         return same and all(bucket.is_current() for bucket in self.buckets)
 

@@ -80,7 +80,7 @@ class LinBreg(SparseOptimizer):
 
     Args:
         params: iterable of tensors, (name, tensor) pairs, or param-group dicts (see `param_groups`).
-        lr: step size >= 0; a float or a one-element tensor.
+        lr: step size >= 0; a float or a one-element tensor (on a device: see `capturable`).
         reg: a convex `Regularizer` or None, per param group.
         delta: > 0, scales magnitudes and never the support (elastic net of the paper, eq. 2.6).
         momentum: in [0, 1).
@@ -91,7 +91,8 @@ class LinBreg(SparseOptimizer):
         check_finite: raise FloatingPointError naming the tensor before anything changes; synchronises.
         capturable: keep the step count and the scalars of a step on the device, so that it can be captured in a CUDA
             graph and never synchronises. A tensor `lr` or `lam` on the device is read at every replay; numbers are
-            those of the capture. The same happens by itself from the first step under a GradScaler on CUDA.
+            those of the capture. The same happens by itself from the first step under a GradScaler on CUDA. Without it,
+            such a tensor is read back at each step, which waits for the device.
 
     Raises:
         ValueError, TypeError: a parameter out of its range; nothing was changed.

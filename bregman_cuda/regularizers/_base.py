@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
+import operator
 from collections.abc import Sequence
 from typing import Any, ClassVar, Union
 
@@ -22,6 +24,20 @@ from ._weighted import weighted_group_prox
 Step = Union[float, Tensor]
 _GROUP_NAMES = {"out": (0,), "in": (1,), "kernel": (0, 1)}
 _READ_ON_DEVICE = ("lr", "lam")  # the scalars that steps read where they lie
+
+
+def plain_number(value: Any) -> Any:
+    """A number of another library, such as numpy's, as Python's int or float: checkpoints hold plain data.
+
+    What is no number, or none that a float holds exactly, comes back as it is.
+    """
+    if type(value) in (float, int, bool):
+        return value
+    if isinstance(value, numbers.Integral):
+        return operator.index(value)
+    if isinstance(value, numbers.Real) and ((number := float(value)) == value or math.isnan(number)):
+        return number
+    return value
 
 
 def check_number(
@@ -50,8 +66,10 @@ def check_number(
         if value.device.type != "cpu" or torch.compiler.is_compiling():
             return
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{owner}: {name} must be a number, got {value!r}")
+    number = plain_number(value)
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        remedy = "; use float(...)" if hasattr(value, "__float__") and not isinstance(value, bool) else ""
+        raise TypeError(f"{owner}: {name} must be a number, got {value!r}{remedy}")
     if not (low <= value <= high) or math.isinf(value) or (above and value == low):
         span = f"{'>' if above else '>='} {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
         raise ValueError(f"{owner}: {name} must be finite and {span}, got {value!r}")
@@ -80,6 +98,7 @@ class Regularizer:
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in {field.name for field in dataclasses.fields(self)}:  # type: ignore[arg-type]
             raise AttributeError(f"{type(self).__name__} has no parameter {name!r}")
+        value = plain_number(value)
         if name in self.bounds:
             check_number(type(self).__name__, name, value, *self.bounds[name], above=name in self.above)
         object.__setattr__(self, name, value)
@@ -423,6 +442,6 @@ def _check_groups(owner: str, groups: Any) -> str | tuple[int, ...]:
         if groups not in _GROUP_NAMES:
             raise ValueError(f"{owner}: groups must be 'out', 'in', 'kernel' or a tuple of dims, got {groups!r}")
         return groups
-    if not isinstance(groups, (tuple, list)) or not all(isinstance(d, int) for d in groups):
+    if not isinstance(groups, (tuple, list)) or not all(isinstance(plain_number(d), int) for d in groups):
         raise TypeError(f"{owner}: groups must be 'out', 'in', 'kernel' or a tuple of dims, got {groups!r}")
-    return tuple(groups)
+    return tuple(map(plain_number, groups))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._math import number_like
-from ._base import Regularizer, Step
+from ._base import Regularizer, Step, plain_number
 
 
 @dataclass
@@ -49,6 +49,7 @@ class Nuclear(Regularizer):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "every":
+            value = plain_number(value)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"Nuclear: every must be an int, got {value!r}")
             if value < 1:

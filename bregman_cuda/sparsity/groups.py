@@ -47,7 +47,8 @@ def param_groups(model: nn.Module, weights: Choice = L1(0.1), **overrides: Any) 
             a regularizer that does not fit a weight's shape, or ``params``/``reg`` among the overrides.
 
     Warns:
-        UserWarning: a weight is computed by a parametrization, so what it is computed from stays plain.
+        UserWarning: a weight is computed by a parametrization, so what it is computed from stays plain; or nothing is
+            regularized, and neither None nor a dict of None asked for that.
 
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     >>> [(group["reg"], [name for name, _ in group["params"]]) for group in param_groups(model, L1(0.5))]
@@ -68,6 +69,14 @@ def param_groups(model: nn.Module, weights: Choice = L1(0.1), **overrides: Any) 
         reg = chosen.get(name)
         group = groups.setdefault(id(reg), {"params": [], "reg": reg, **overrides})
         group["params"].append((name, parameter))
+    asks_for_none = weights is None or (isinstance(weights, Mapping) and len(weights) > 0)
+    if all(reg is None for reg in chosen.values()) and not asks_for_none:
+        rest = ", ".join([name for name, _ in named[:5]] + ["..."] * (len(named) > 5))
+        warnings.warn(
+            f"{type(model).__name__} has no weight for {weights}, so nothing is regularized. Its parameters are "
+            f"{rest}; name those that should be in a dict, such as {{{named[0][0]!r}: L1(0.1)}}",
+            stacklevel=2,
+        )
     for name in computed_weights(model):
         warnings.warn(f"{name!r} is computed by a parametrization: its sources stay plain", stacklevel=2)
     return list(groups.values())

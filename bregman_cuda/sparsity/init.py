@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from ..optim._masks import overlaps_itself
+from ..regularizers._base import plain_number
 from . import paths
 from .groups import by_key
 from .init_report import InitRow, SparseInitReport, left_dense
@@ -21,6 +23,7 @@ from .report import GROUP_DIMS
 Groups = Union[str, tuple[int, ...], None]
 Bias = Literal["positive", "symmetric", "zero", "keep"]
 _BIASES = ("positive", "symmetric", "zero", "keep")
+_LEFT = ("none", "keep")  # there is no bias, or it stays as it is
 
 
 @dataclass
@@ -62,8 +65,10 @@ def sparse_init_(
 
     The 1/density in the variance is eq. (4.3) of the paper; without it the signal fades by that factor per layer.
     Weights are those that `param_groups` regularizes. A mask keeps exactly ``max(1, round(density * n))`` of the n
-    elements (or groups) of a weight, and the scale follows the density reached. Along each nn.Sequential at least
-    one path of non-zero weights leads from its input to its output (one kept element or group moves, if need be).
+    elements (or groups) of a weight, and the scale follows the density reached. Along each nn.Sequential, wherever it
+    is in the model, at least one path of non-zero weights leads from its input to its output (one kept element or group
+    moves, if need be). Behind a module whose inside is not told, such as a residual block in the sequence, it starts
+    anew; layers that are in no nn.Sequential keep at least one weight, and no more is certain. The report names both.
     Paths are told by channel, not by pixel, and a ReLU may still close one: the report says how many outputs are live.
     Frozen weights (requires_grad=False), and their biases, stay as they are.
 
@@ -87,13 +92,15 @@ def sparse_init_(
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: a value out of range, a key that fits nothing, a model without such weights or on the meta device.
+        ValueError: a value out of range, a key that fits nothing, a model without such weights or on the meta device, a
+            weight or bias whose elements share memory.
         All are raised before anything is changed.
 
     >>> model = nn.Sequential(nn.Linear(100, 50), nn.ReLU(), nn.Linear(50, 10))
     >>> sparse_init_(model, 0.1).nonzeros
     550
     """
+    bias_scale, gain = plain_number(bias_scale), plain_number(gain)
     layers, notes = _plan(model, density, groups, bias, bias_scale, gain, generator)
     notes += _connect(model, layers, generator)
     for layer in layers:
@@ -127,8 +134,10 @@ def _plan(
     checked = []
     for weight, share, grouping in zip(weights, densities, groupings, strict=True):
         if share is not None and weight.tensor.requires_grad:
+            share = plain_number(share)
             _check_density(weight, share)
             checked.append((weight, share, _dims(weight, grouping), _bias(weight, bias, before_norm)))
+            _check_memory(weight, checked[-1][-1])
     notes: list[str] = []
     if frozen := [weight.name for weight in weights if not weight.tensor.requires_grad]:
         notes.append(f"frozen (requires_grad=False), so left as they are: {', '.join(frozen)}")
@@ -150,11 +159,25 @@ def _check_density(weight: Weight, density: Any) -> None:
         raise ValueError(f"{weight.name!r} ({kind}) cannot be initialised; give the model real floating-point weights")
 
 
+def _check_memory(weight: Weight, bias: str) -> None:
+    written = {"weight": weight.tensor}
+    if bias not in _LEFT:
+        written["bias"] = weight.module.bias  # type: ignore[assignment]
+    for kind, tensor in written.items():
+        if overlaps_itself(tensor):
+            name = weight.name if kind == "weight" else f"{weight.module_name}.bias".lstrip(".")
+            raise ValueError(
+                f"{name!r} has elements that share memory (strides {tensor.stride()}, as expand() makes), so that it "
+                "cannot be initialised; clone() it before it becomes a parameter"
+            )
+
+
 def _dims(weight: Weight, groups: Groups) -> tuple[int, ...]:
     ndim = weight.tensor.dim()
     if isinstance(groups, str) and groups not in GROUP_DIMS:
         raise ValueError(f"groups={groups!r} is unknown; use None, 'out', 'in', 'kernel' or a tuple of dims")
-    dims = tuple(range(ndim)) if groups is None else GROUP_DIMS[groups] if isinstance(groups, str) else tuple(groups)
+    dims = tuple(range(ndim)) if groups is None else GROUP_DIMS[groups] if isinstance(groups, str) else groups
+    dims = tuple(map(plain_number, dims))
     if not all(isinstance(dim, int) and -ndim <= dim < ndim for dim in dims):
         raise ValueError(f"groups={groups!r} does not fit {weight.name!r} of shape {tuple(weight.tensor.shape)}")
     return tuple(sorted({dim % ndim for dim in dims}))
@@ -205,7 +228,10 @@ def _connect(model: nn.Module, layers: list[_Layer], generator: torch.Generator 
             else:
                 stream.pass_on(module)
     if unknown := [layer.weight.name for layer in layers if layer.weight.module not in seen]:
-        notes.append(f"not in an nn.Sequential, so no live path is guaranteed: {', '.join(unknown)}")
+        notes.append(
+            "not in an nn.Sequential, so no live path is guaranteed through these; each keeps a weight, which may read "
+            f"a dead input: {', '.join(unknown)}"
+        )
     return notes
 
 
@@ -244,7 +270,7 @@ def _write(layer: _Layer, bias_scale: float, generator: torch.Generator | None) 
     fresh = torch.zeros_like(tensor)
     fresh[mask] = values
     tensor.copy_(fresh)
-    if layer.bias in ("none", "keep"):
+    if layer.bias in _LEFT:
         return
     bias = layer.weight.module.bias
     assert isinstance(bias, Tensor)

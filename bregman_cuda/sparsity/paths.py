@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from .layers import NORMS
+from .layers import NORMS, weight_tensors
 
 # Layers of these files of torch pass channels on one by one; the named exceptions rearrange them.
 _PASSES = ("activation", "batchnorm", "dropout", "flatten", "instancenorm", "normalization", "padding", "pooling")
@@ -17,12 +17,18 @@ _REARRANGES = (nn.MultiheadAttention, nn.Unflatten)
 
 
 def sequences(model: nn.Module, name: str = "") -> Iterator[list[tuple[str, nn.Module]]]:
-    """The layers of every outermost nn.Sequential, those of nested ones in line, with their full names."""
+    """The layers of every nn.Sequential, those of nested ones in line, with their full names.
+
+    A module of another kind, such as a residual block, is one layer of the sequence around it; the sequences inside of
+    it come by themselves.
+    """
     if isinstance(model, nn.Sequential):
-        yield list(_in_line(model, name))
-        return
-    for child_name, child in model.named_children():
-        yield from sequences(child, f"{name}.{child_name}".lstrip("."))
+        children = list(_in_line(model, name))
+        yield children
+    else:
+        children = [(f"{name}.{child_name}".lstrip("."), child) for child_name, child in model.named_children()]
+    for child_name, child in children:
+        yield from sequences(child, child_name)
 
 
 def _in_line(sequence: nn.Sequential, name: str) -> Iterator[tuple[str, nn.Module]]:
@@ -94,6 +100,7 @@ class Stream:
         known = type(layer).__module__.removeprefix("torch.nn.modules.") in _PASSES or isinstance(layer, nn.Identity)
         if not known or isinstance(layer, _REARRANGES):
             self.live = None
+            self.position += bool(weight_tensors(layer))  # a path may end in it
         elif isinstance(layer, nn.Flatten):
             if (layer.start_dim, layer.end_dim) != (1, -1):
                 self.live = None

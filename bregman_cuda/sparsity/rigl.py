@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..optim import SparseOptimizer
 from ..optim._masks import pack, packed_size, unpack
 from ..optim._shards import gathered, is_sharded, local, sharded_as
-from ..regularizers._base import check_number
+from ..regularizers._base import check_number, plain_number
 from .layers import weight_tensors
 from .report import DensityReport, DensityRow
 
@@ -84,6 +84,7 @@ class RigL:
         check_number("RigL", "alpha", alpha, 0.0, 1.0)
         if distribution not in ("erk", "uniform"):
             raise ValueError(f"RigL: distribution must be 'erk' or 'uniform', got {distribution!r}")
+        every, end = plain_number(every), plain_number(end)
         for name, number in (("every", every), ("end", end)):
             if isinstance(number, bool) or not isinstance(number, int):
                 raise TypeError(f"RigL: {name} must be an int, got {number!r}")
