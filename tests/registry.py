@@ -183,7 +183,7 @@ CONVEX = {name: case for name, case in PENALTIES.items() if getattr(case(), "con
 def searches(optimizer: SparseOptimizer, group: dict[str, Any]) -> bool:
     """Whether its steps search norms: drivers add up some squares in fp32 for that, each in an order of its own."""
     radial = None if group["reg"] is None else group["reg"].radial
-    return optimizer._rule(group).metric and radial is not None and radial.line() is not None
+    return optimizer._rule(group).metric and radial is not None and not radial.bends()
 
 
 def apart(optimizer: SparseOptimizer) -> float:

@@ -365,18 +365,26 @@ class Separable(Regularizer):
         raise NotImplementedError
 
     def line(self, dtype: torch.dtype = torch.float64) -> tuple[Any, Any] | None:
-        """(level, slope), computed in `dtype`:  phi'(t) = level - slope * t for t > 0, as far as that is positive: as a
-        group penalty it has a prox in a diagonal metric then."""
+        """(level, slope), computed in `dtype`:  phi'(t) = level - slope * t for t > 0, as far as that is positive. As a
+        group penalty it has a prox in a diagonal metric then, by a `curve` if slope > 0."""
         return None
 
     def curve(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Of a penalty without `line`, for t > 0 in fp64, with parameters rounded to `dtype`: phi(t), phi'(t) / t, and
-        -t times the derivative of that; phi'(t) / t must not increase."""
+        """For t > 0 in fp64, with parameters rounded to `dtype`: phi(t), phi'(t) / t, and -t times the derivative of
+        that; phi'(t) / t must not increase."""
         raise NotImplementedError
+
+    def middle(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """The norm, like t, at which the search along a curve begins at the latest (csrc/math/curved.h)."""
+        return torch.full_like(t, math.inf)
 
     def in_metric(self) -> bool:
         """Whether the group penalty has a prox in a diagonal metric."""
-        return self.line() is not None or type(self).curve is not Separable.curve
+        return self.bends() or self.line() is not None
+
+    def bends(self) -> bool:
+        """Whether it has a `curve`."""
+        return type(self).curve is not Separable.curve
 
     def _phi(self, x: Tensor) -> Tensor:
         raise NotImplementedError

@@ -34,10 +34,10 @@ def weighted_group_prox(
         )
         return wider.squeeze(-1)
     kept = _positive(scale)
-    if (line := radial.line(x.dtype)) is None:
+    if radial.bends():
         rho = yield from _curve_rho(x, scale, kept, radial, number_like(weight, x).double(), reduced)
     else:
-        level, slope = (number_like(value, x) * weight for value in line)
+        level, slope = (number_like(value, x) * weight for value in radial.line(x.dtype))
         rho = yield from _line_rho(x, scale, near, level, slope, reduced)
     return x / (1 + rho * kept)
 
@@ -49,7 +49,6 @@ def _line_rho(
     wide = x.dtype == torch.float64
     least, most = (2.0**-18, 1e150) if wide else (2.0**-8, 1e37)
     rest = 1 - slope * scale
-    rest = torch.where(rest < 2.0**-7, 2.0**-7, rest)
     t = x.new_zeros([1 if d in reduced else n for d, n in enumerate(x.shape)], dtype=torch.float64)
     if near is not None:
         [squares] = yield [near.double().square().sum(reduced, keepdim=True)]
@@ -88,30 +87,46 @@ def _line_rho(
 def _curve_rho(
     x: Tensor, scale: Tensor, kept: Tensor, radial: Any, weight: Tensor, reduced: list[int]
 ) -> Rounds[Tensor]:
-    """rho of a penalty with a `curve`: a critical point's that beats zero, or infinity."""
-    double = x.dtype == torch.float64
+    """rho of a penalty with a `curve`: a critical point's, zero for x or infinity for zero, whichever is best."""
+    most = 1e58 if x.dtype == torch.float64 else 1e22
+    wide = scale.double()
+    inverse = 1 / torch.where(wide < 1e-300, 1e-300, wide)
 
-    def curve(squares: Tensor) -> list[Tensor]:
-        squares = torch.where(squares < 1e-300, 1e-300, squares)
-        return [squares, *(weight * part for part in radial.curve(squares.sqrt(), x.dtype))]
+    def curve(norms: Tensor) -> list[Tensor]:
+        return [weight * part for part in radial.curve(norms, x.dtype)]
 
-    rho = x.new_zeros([1 if d in reduced else n for d, n in enumerate(x.shape)])
-    for _ in range(9):
+    def bounded(squares: Tensor) -> Tensor:
+        return torch.where(squares < 1e-300, 1e-300, squares)
+
+    def gained(rho: Tensor, a: Tensor, b: Tensor, value: Tensor) -> Tensor:
+        return 0.5 * b + rho.double() * a - value
+
+    def checked(rho: Tensor, a: Tensor) -> Tensor:
+        return torch.where(a - a != 0, torch.where(a > 0, 0.0, a), torch.where(rho > most, most, rho)).to(x.dtype)
+
+    a, b = yield from _sums(x, inverse, reduced)
+    norms = bounded(a).sqrt()
+    whole = gained(torch.zeros_like(norms), a, b, curve(norms)[0])
+    middle = radial.middle(norms, x.dtype)
+    rho = checked(curve(bounded(torch.where(norms < middle, norms, middle)))[1], a)
+    for _ in range(8):
         q = 1 / (1 + rho * kept)
         a, b = yield from _sums(x * q, kept * q, reduced)
-        squares, _, wanted, bend = curve(a)
+        squares = bounded(a)
+        _, wanted, bend = curve(squares.sqrt())
         fall = 1 - bend * (b / squares)
         fall = torch.where(fall < 2.0**-10, 2.0**-10, fall)
         after = rho.double() + (wanted - rho.double()) / fall
         after = torch.where(after < wanted / 4, wanted / 4, after)
         after = torch.where(after > wanted * 4, wanted * 4, after)
-        after = torch.where(after > (1e58 if double else 1e22), 1e58 if double else 1e22, after)
-        rho = torch.where(a - a != 0, torch.where(a > 0, 0.0, a), after).to(x.dtype)
-    wide = scale.double()
+        rho = checked(after, a)
     q = 1 / (1 + rho * kept)
-    a, b = yield from _sums(x * q, 1 / torch.where(wide < 1e-300, 1e-300, wide), reduced)
-    value = curve(a)[1]
-    return torch.where((value > 0) & (value >= 0.5 * b + rho.double() * a), math.inf, rho)
+    a, b = yield from _sums(x * q, inverse, reduced)
+    value = curve(bounded(a).sqrt())[0]
+    gain = gained(rho, a, b, value)
+    keep = whole >= gain
+    best = torch.where(keep, torch.zeros_like(rho), rho)
+    return torch.where((value > 0) & (torch.where(keep, whole, gain) <= 0), math.inf, best)
 
 
 def _positive(scale: Tensor) -> Tensor:

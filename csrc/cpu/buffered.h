@@ -360,19 +360,19 @@ class BufferedGroups {
 
   // The same along a curve.
   void shrink_along(const Penalty<C>& k, C weight) {
-    double* rho = totals_ + 3 * count_;
+    double *rho = totals_ + 3 * count_, *gain = totals_ + 2 * count_;
     for (int64_t g = 0; g < count_; ++g) rho[g] = 0;
-    bool moves = true;
-    for (int step = 0; step < kCurveSteps && moves; ++step) {
-      visit(rho, CurveTerms());
-      moves = false;
+    for (int pass = 0; pass < kCurvePasses; ++pass) {
+      if (pass == 0 || pass + 1 == kCurvePasses) visit(rho, GainTerms());
+      else visit(rho, CurveTerms());
+      bool moves = false;
       for (int64_t g = 0; g < count_; ++g) {
-        rho[g] = curve_step(rho[g], sums(g), k, weight);
+        rho[g] = group_curve(pass, rho[g], sums(g), k, weight, gain[g]);
         moves |= C(rho[g]) != group_[g];
       }
+      if (!moves && pass + 2 < kCurvePasses) pass = kCurvePasses - 2;  // the decision is next
     }
-    visit(rho, GainTerms());
-    for (int64_t g = 0; g < count_; ++g) group_[g] = C(curve_decision(rho[g], sums(g), k, weight));
+    for (int64_t g = 0; g < count_; ++g) group_[g] = C(rho[g]);
     spread(group_, row_, count_, spread_);
     for_parts([&](const Matrix<C>& m) { shrink_points(m, spread_); });
   }
@@ -461,7 +461,7 @@ struct PointGroups : TileOf<Rule, T> {
     BufferedGroups<C> groups(scratch, z, scales, rows, row, count);
     Line<C> line{};
     bool straight = false;
-    if constexpr (kPaired<Rule>) straight = line_of(k.radial, C(t.weight), line);
+    if constexpr (kPaired<Rule>) straight = line_of(k.radial, C(t.weight), Rule::kMetric, line);
     advance_any(a, t.mask, base, this->all_rows(), columns, k, z, scales);
     if (k.elementwise.kind != 0) prox_buffer<Rule, C>(z, scales, elements, k);
     if constexpr (Rule::kMetric) {

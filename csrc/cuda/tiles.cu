@@ -224,10 +224,10 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<Rule, T, kShared>)
 
   Line<C> line{};
   bool straight = true;
-  if constexpr (kPair) straight = line_of(k.radial, C(part.t.weight), line);
+  if constexpr (kPair) straight = line_of(k.radial, C(part.t.weight), Rule::kMetric, line);
   const bool curved = Rule::kMetric && !straight;
   // Passes that sum over groups. The first of a root search sums the squares of the old parameter.
-  const int sums = !Rule::kMetric ? 1 : curved ? kCurveSteps + 1 : kRootSteps + 1;
+  const int sums = !Rule::kMetric ? 1 : curved ? kCurvePasses : kRootSteps + 1;
   const bool second = kShared && args.phase == Phase::scale;
   for (int g = int(threadIdx.x); g < tile.groups; g += kThreads) {
     arrays.alive[g] = 0;
@@ -246,7 +246,7 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<Rule, T, kShared>)
     };
     auto curve_of = [&](C x, C scale, int group) {
       const C rho = C(arrays.norm[group]);
-      return pass + 1 < sums ? curve_terms(x, scale, rho) : gain_terms(x, scale, rho);
+      return pass && pass + 1 < sums ? curve_terms(x, scale, rho) : gain_terms(x, scale, rho);
     };
     auto others_of = [&](C x, C scale, int) {
       if constexpr (Rule::kHalfSpace) return half_space_terms(x, scale);
@@ -344,9 +344,10 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<Rule, T, kShared>)
       } else if constexpr (Rule::kMetric) {
         const double before = double(C(arrays.norm[g]));
         if (curved) {
-          arrays.norm[g] = group_curve(pass + 1 < sums, arrays.norm[g], {sum.a, sum.b}, k.radial, C(part.t.weight));
-          arrays.factor[g] = C(arrays.norm[g]);
-          if (arrays.factor[g] != C(before)) atomicOr(&arrays.moved[pass % 2], 1);
+          double gain = double(arrays.factor[g]);  // until the last pass
+          arrays.norm[g] = group_curve(pass, arrays.norm[g], {sum.a, sum.b}, k.radial, C(part.t.weight), gain);
+          arrays.factor[g] = C(pass + 1 < sums ? gain : arrays.norm[g]);
+          if (double(C(arrays.norm[g])) != before) atomicOr(&arrays.moved[pass % 2], 1);
         } else if (arrays.search[g] != Search::settled) {
           Search search = arrays.search[g];
           arrays.norm[g] = begins ? root_start<C>(sum.a) : root_step<C>(before, sum, search);

@@ -1,6 +1,6 @@
 // The group prox in a diagonal metric: each element of a group has a prox scale s_i of its own.
 //
-// For a penalty with slope phi'(t) = level - slope t (l1, elastic net, MCP below its knee) and t the norm of the result,
+// For a penalty with slope phi'(t) = level - slope t, slope <= 0 (l1, elastic net), and t the norm of the result,
 // z_i = x_i / (1 + rho s_i) with rho = phi'(t) / t, and t is the root of
 //   g(t) = sum_i x_i^2 / (t (1 - slope s_i) + level s_i)^2 = 1.
 // h = g^(-1/2) is increasing and concave. Newton's step on h = 1 never ends right of the root, and Halley's, with the
@@ -16,6 +16,8 @@
 // at most 0.45 e^3 (as few r near 1 as others near 0), so that a group settles as soon as that is less than half an ulp,
 // whatever others of its tile do.
 #pragma once
+
+#include <utility>
 
 #include "penalty_list.h"
 
@@ -33,14 +35,24 @@ template <class Functor, class C>
 BREGMAN_HD bool line_of(const Penalty<C>&, Line<C>&, long) {
   return false;
 }
-// Whether the penalty has a line; the group's weight belongs to it.
+// Whether a penalty has a curve (curved.h).
+template <class Functor, class C>
+BREGMAN_HD constexpr auto has_curve(int) -> decltype(Functor::curve(std::declval<Penalty<C>>(), 0.0), true) {
+  return true;
+}
+template <class Functor, class C>
+BREGMAN_HD constexpr bool has_curve(long) {
+  return false;
+}
+// Whether the penalty has a line; the group's weight belongs to it. In a metric those with a curve go along it: where
+// their line falls, long steps are not convex.
 template <class C>
-BREGMAN_HD bool line_of(const Penalty<C>& k, C weight, Line<C>& line) {
+BREGMAN_HD bool line_of(const Penalty<C>& k, C weight, bool metric, Line<C>& line) {
   bool known = false;
   switch (PenaltyKind(k.kind)) {
 #define X(Functor, name) \
   case PenaltyKind::name: \
-    known = line_of<Functor>(k, line, 0); \
+    known = line_of<Functor>(k, line, 0) && !(metric && has_curve<Functor, C>(0)); \
     break;
     BREGMAN_PENALTIES(X)
 #undef X
@@ -62,13 +74,6 @@ BREGMAN_HD C positive_scale(C scale) {
   return select(scale < least, least, scale);
 }
 
-// 1 - slope s. Where slope s reaches 1 (MCP with a step beyond gamma) the problem is not convex, and this a compromise.
-template <class C>
-BREGMAN_HD C bent(C scale, const Line<C>& line) {
-  const C rest = C(1) - line.slope * scale, least = C(0.0078125);
-  return select(rest < least, least, rest);
-}
-
 // Sums of u^2, u v and v^2, where u = x / (t rest + level s) and v = r u. At t = 0, where r is 0, v is x.
 template <class C>
 struct Moments {
@@ -80,7 +85,7 @@ struct Moments {
 // level an element meets a number to divide by.
 template <class C>
 BREGMAN_HD Moments<C> root_terms(C x, C scale, C t, const Line<C>& line) {
-  const C along = t * bent(scale, line);
+  const C along = t * (C(1) - line.slope * scale);
   const C q = C(1) / positive_scale(along + line.level * scale), u = x * q;
   const C v = select(t > C(0), u * (along * q), x);
   return {u * u, u * v, v * v};

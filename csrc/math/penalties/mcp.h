@@ -25,6 +25,18 @@ struct MCP {
   BREGMAN_HD static Line<C> line(const Penalty<C>& k) {
     return {k.a, C(1) / k.b};
   }
+
+  template <class C>
+  BREGMAN_HD static Curve curve(const Penalty<C>& k, double t) {
+    const double lam = double(k.a), slope = 1 / double(k.b), end = double(k.b) * lam, pull = lam / t;
+    const bool flat = pull <= slope;
+    const double reach = t < end ? t : end;
+    return {lam * reach - 0.5 * slope * (reach * reach), flat ? 0 : pull - slope, flat ? 0 : pull};
+  }
+  template <class C>
+  BREGMAN_HD static double middle(const Penalty<C>& k) {
+    return 0.5 * (double(k.b) * double(k.a));
+  }
 };
 
 BREGMAN_END

@@ -32,6 +32,10 @@ struct SCAD {
     const double reach = t < end ? t : end, past = near ? 0 : reach - lam;
     return {lam * reach - 0.5 * slope * (past * past), flat ? 0 : pull - falling, flat ? 0 : pull};
   }
+  template <class C>
+  BREGMAN_HD static double middle(const Penalty<C>& k) {
+    return 0.5 * ((double(k.b) + 1) * double(k.a));
+  }
 };
 
 BREGMAN_END
