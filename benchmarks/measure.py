@@ -49,8 +49,8 @@ def make_params(sizes: list[shapes.Shape], device: str, dtype: torch.dtype, seed
 
 
 def draw_gradients(params: list[Tensor]) -> None:
-    """New random gradients, in place. With the same ones for all steps, second moments would be their squares and sums of
-    gradients grow without end, and searches for norms, whose cost depends on data, meet what no training has."""
+    """New random gradients, in place. With the same ones for all steps second moments would be their squares and sums
+    of gradients grow without end, and searches for norms, whose cost depends on data, meet what no training has."""
     for p in params:
         p.grad.normal_(0, 0.01)
 

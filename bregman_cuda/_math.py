@@ -24,8 +24,8 @@ def square_root(x: Tensor) -> Tensor:
 def cube_root(x: Tensor) -> Tensor:
     """The cube root of sums of squares, fp32 or fp64: the twin of csrc/math/hd.h, operation by operation.
 
-    Within 0.74 ulp from 2^-90 to 2^125 (fp64: 2^-900 to 2^1021); near zero that of 2^-120 (2^-960), above 2^127 (2^1023)
-    the number itself.
+    Within 0.74 ulp from 2^-90 to 2^125 (fp64: 2^-900 to 2^1021); near zero that of 2^-120 (2^-960), above 2^127
+    (2^1023) the number itself.
     """
     wide = x.dtype == torch.float64
     a = x + (2.0**-960 if wide else 2.0**-120)

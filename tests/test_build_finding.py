@@ -160,8 +160,8 @@ def test_nvcc_is_asked_for_release_and_architectures(tmp_path):
 @pytest.mark.parametrize(
     ("wanted", "chosen"),
     [
-        (None, ["7.5", "8.0", "9.0+PTX", "10.0", "12.0"]),
-        ("", ["7.5", "8.0", "9.0+PTX", "10.0", "12.0"]),
+        (None, ["8.0", "9.0+PTX"]),
+        ("", ["8.0", "9.0+PTX"]),
         ("8.0;9.0", ["8.0", "9.0"]),
         ("8.0, 9.0a 12.0+PTX;8.0", ["8.0", "9.0a", "12.0+PTX"]),
         ("7.0;8.0", ["8.0"]),  # CUDA 13 dropped 7.0

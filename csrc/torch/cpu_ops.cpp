@@ -6,12 +6,12 @@
 namespace bregman {
 namespace {
 
-// A chunk of 16 K elements keeps its arrays in L2 and leaves enough items to share out. A strided tile reads no more
-// than kTileBytes on its first visit, so that L2 still holds what the second one needs; rows are as long as that allows.
-constexpr int64_t kTileBytes = 9 << 17;  // 32 groups of 9 columns of a 512-channel convolution, dual and gradient
-Tuning cpu_tuning(int64_t bytes_read) {
+// A chunk of 16 K elements keeps its arrays in L2 and leaves enough items to share out. Rows of a strided tile are as long
+// as L2 allows, which holds what the second visit needs: all that the first one read, or with a dual that alone.
+constexpr int64_t kTileBytes = 9 << 17;  // 32 groups of 9 columns of a 512-channel convolution, two arrays in fp32
+Tuning cpu_tuning(int64_t bytes_needed) {
   constexpr int64_t kAll = int64_t(1) << 40;
-  return {/*chunk=*/16384,       /*tile=*/16384,         /*strided_tile=*/kTileBytes / bytes_read, /*min_segment=*/16,
+  return {/*chunk=*/16384,       /*tile=*/16384,         /*strided_tile=*/kTileBytes / bytes_needed, /*min_segment=*/16,
           /*least_segment=*/16, /*max_groups=*/1 << 20, /*align=*/16, /*capacity=*/kAll, /*panel=*/kAll, /*workers=*/1};
 }
 // Below this much work per thread, waking a thread costs more than it saves.
@@ -21,9 +21,10 @@ Plan plan_cpu(const Tensors params, const Tensors state, const Tensors masks, co
               const std::vector<int64_t> group_dims, const std::vector<double> weights,
               const std::vector<int64_t> budgets, int64_t rule) {
   STD_TORCH_CHECK(!params.empty(), "a plan needs at least one tensor");
-  const int64_t arrays = 1 + int64_t(state.size() / params.size()) + rule_traits(rule, false).reads_param;
+  // A gradient counts with a dual, too: it passes through L2.
+  const int64_t arrays = rule_traits(rule, false).reads_param ? 2 + int64_t(state.size() / params.size()) : 2;
   return plan_tensors(params, state, masks, addresses, group_dims, weights, budgets, rule,
-                      cpu_tuning(arrays * params[0].element_size()));
+                      cpu_tuning(arrays * std::max<int64_t>(4, params[0].element_size())));
 }
 
 Text describe_cpu() { return describe(best_isa().name); }
