@@ -44,6 +44,12 @@ void step_op(const Tensor plan_blob, const Tensor device_plan, const Tensors gra
 #endif
   int32_t* out = counts.numel() ? static_cast<int32_t*>(counts.data_ptr()) : nullptr;
   const cudaError_t status = step_cuda(plan, device_plan.data_ptr(), pointers.data(), args, out, stream);
+#ifndef BREGMAN_EMULATE
+  STD_TORCH_CHECK(status != cudaErrorNoKernelImageForDevice && status != cudaErrorUnsupportedPtxVersion,
+                  "the kernels were not built for this GPU: ", cudaGetErrorString(status),
+                  " (reinstall on a machine with it, or with TORCH_CUDA_ARCH_LIST set to its compute capability; ",
+                  "`python -m bregman_cuda info` says what was built, fused=False does without)");
+#endif
   STD_TORCH_CHECK(status == cudaSuccess, "the kernel launch failed: ", cudaGetErrorString(status));
 }
 
