@@ -32,6 +32,7 @@ Row = dict[str, Any]
 MOST_BYTES, MOST_TIME = 1.15, 1.3  # over the least, and over the yardsticks' time per byte
 TIME = ("ProxSGD", "AdaBreg")
 DTYPES = ("float32", "bfloat16")
+PENALTIES = ("l1", "group out", "group in")
 
 # Optimizers that the report leaves out: they share kernels or state with a contestant of its own.
 OTHERS: dict[str, Callable[..., bc.SparseOptimizer]] = {
@@ -126,7 +127,7 @@ def variant(title: str, dtype: torch.dtype) -> field.Contestant:
 def timed(dtype: torch.dtype, penalty: str, sizes: list[shapes.Shape], seconds: float) -> dict[str, Row]:
     """Time of every optimizer that takes the penalty, and over that of the yardsticks in the same rounds, by byte."""
     entrants = [c for c in field.ours("cpu", dtype, ("kernels",), field.OURS | OTHERS) if c.penalty == penalty]
-    if penalty != "l1":
+    if penalty == "group out":  # theirs
         entrants += [variant(title, dtype) for title in VARIANTS]
     results, _ = measure.compare(entrants, sizes, "cpu", dtype, seconds)
     by_title = {r.contestant.optimizer: r for r in results}
@@ -157,7 +158,7 @@ def run(args: argparse.Namespace) -> list[Row]:
         if args.no_time:
             rows += [{"dtype": name, "penalty": "", **row} for row in rule_rows]
             continue
-        for penalty in ("l1", "group out"):
+        for penalty in PENALTIES:
             print(f"{name}, {penalty}: {shapes.numel(sizes):,} parameters", file=sys.stderr, flush=True)
             times = timed(dtype, penalty, sizes, args.seconds)
             rows += [

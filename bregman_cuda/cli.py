@@ -144,7 +144,7 @@ def _check_writable(folder: Path, files: Sequence[Path]) -> None:
     except OSError as error:
         raise ValueError(f"--out {folder} cannot be made a folder ({error.strerror}); choose another one") from None
     for file in files:
-        there = file.exists()
+        there = file.exists() or file.is_symlink()
         try:
             with file.open("ab"):  # what an earlier training wrote stays until there is something new
                 pass

@@ -111,16 +111,17 @@ def test_numbers_of_numpy_are_taken_and_kept_as_pythons(tmp_path):
     numpy = pytest.importorskip("numpy")
     params = model()
     reg = GroupLasso(numpy.float32(0.1), groups=(numpy.int64(0),))
-    flags = dict(maximize=numpy.bool_(False), check_finite=numpy.bool_(True))
+    flags = dict(maximize=numpy.bool_(False), check_finite=numpy.bool_(True), fused=numpy.bool_(False))
     optimizer = AdaBreg(params, numpy.float32(0.1), reg, numpy.int64(2), (numpy.float64(0.9), 0.99), **flags)
     twins = model()
     twin_reg = GroupLasso(float(numpy.float32(0.1)), (0,))
-    twin = AdaBreg(twins, float(numpy.float32(0.1)), twin_reg, 2, (0.9, 0.99), check_finite=True)
+    twin = AdaBreg(twins, float(numpy.float32(0.1)), twin_reg, 2, (0.9, 0.99), check_finite=True, fused=False)
     for made in (optimizer, twin):
         train(made, made.param_groups[0]["params"], 2)
         made.param_groups[0]["reg"].lam = numpy.float64(0.2)
         made.param_groups[0]["lr"] = numpy.float16(0.5)
     optimizer.param_groups[0]["max_lr"] = numpy.float32(3)
+    optimizer.param_groups[0]["theirs"] = theirs = [numpy.float32(3)]
     torch.save(optimizer.state_dict(), tmp_path / "saved.pt")
     saved = torch.load(tmp_path / "saved.pt", weights_only=True)["param_groups"][0]
     kinds = {name: type(saved[name]) for name in ("lr", "delta", "max_lr", "maximize", "check_finite")}
@@ -131,6 +132,10 @@ def test_numbers_of_numpy_are_taken_and_kept_as_pythons(tmp_path):
         train(made, made.param_groups[0]["params"], 1)
     assert all(map(torch.equal, params, twins))
     assert type(optimizer.param_groups[0]["lr"]) is float
+    assert optimizer.param_groups[0]["theirs"] is theirs, "a step leaves the entries of others alone"
+    assert optimizer.param_groups[0]["fused"] is False
+    envelope = GroupEnvelope(0.1, k=numpy.int64(2), weight=numpy.ones(4))
+    assert (type(envelope.k), envelope.weight) == (int, (1.0,) * 4)
     nuclear = Nuclear(numpy.float64(1.0), every=numpy.int32(2))
     assert [(type(v), v) for v in (nuclear.lam, nuclear.every)] == [(float, 1.0), (int, 2)]
     assert HSPG(model(), 0.1, reg, k=numpy.int64(2), end=numpy.int64(5)).param_groups[0]["k"] == 2
@@ -164,6 +169,11 @@ def test_an_entry_of_a_group_that_looks_like_an_option_is_warned_of():
         "LinBreg has no option 'momentun': that entry of a parameter group does nothing. Is 'momentum' meant?",
     ]
     assert optimizer.param_groups[0].items() >= entries.items()  # as in torch
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="lamda"):
+            optimizer.add_param_group({"params": model(), "lamda": 0.1})
+    assert len(optimizer.param_groups) == 1
     with pytest.warns(UserWarning, match=r"'beta'.* Is 'betas' meant\?"):
         AdaBreg([{"params": model(), "beta": 0.9}])
     for kind in (AdaBreg, HSPG, RAMDA, ProxAdam):

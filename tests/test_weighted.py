@@ -158,6 +158,25 @@ def test_it_is_as_good_as_brute_force(name, spread, dtype):
     assert name in ENDING or 0 < zeros < 40
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", [name for name in CURVED if name != "L0"])
+def test_the_least_shrinkage_is_not_lost(name, dtype):
+    """A step that shortens a group by 1e-6 to 1e-3, as in a training: there objectives tell nothing."""
+    rng = np.random.default_rng(17)
+    for _ in range(100):
+        x = torch.tensor(rng.standard_normal((1, 64)) * 0.02).to(dtype)
+        s = torch.tensor(rng.uniform(0.5, 2, (1, 64)) * 10.0 ** rng.uniform(-6, -3)).to(dtype)
+        norm, reg = float(x.double().norm()), dataclasses.replace(CURVED[name](0.5), groups="out")
+        z = reg.prox(x, s).double()
+        x, s = x.double(), s.double()
+        t = norm
+        for _ in range(50):  # the plain iteration, which a small pull ends soon
+            t = float((x / (1 + float(reg.radial._slope(torch.tensor(t, dtype=torch.float64))) / t * s)).norm())
+        want = norm - t
+        assert want > 0
+        assert abs(norm - float(z.norm()) - want) <= 1e-3 * want + 8 * torch.finfo(dtype).eps * norm
+
+
 @pytest.mark.parametrize("name", CURVED)
 def test_scales_in_two_clusters_may_end_in_another_minimum_but_never_worse_than_zero(name):
     """What curved.h says: how often, and how much worse. Steps go beyond the convexity of MCP and SCAD here."""

@@ -91,6 +91,8 @@ class SparseOptimizer(torch.optim.Optimizer):
             UserWarning: an unknown option that looks like a misspelt one. Others stay, as in torch: other libraries
                 keep their own in a group.
         """
+        if isinstance(param_group, dict):  # torch refuses others
+            self._warn_of_misspelt(param_group)
         before = len(self.param_groups)
         super().add_param_group(param_group)
         try:
@@ -99,7 +101,6 @@ class SparseOptimizer(torch.optim.Optimizer):
             del self.param_groups[before:]
             raise
         self._forget_plans()
-        self._warn_of_misspelt(param_group)
 
     def _warn_of_misspelt(self, param_group: dict[str, Any]) -> None:
         meant = {name: repr(name) for name in (*self.defaults, "params")} | _OF_REGULARIZERS
@@ -115,7 +116,7 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     def _check_options(self, group: dict[str, Any]) -> None:
         owner, reg = type(self).__name__, group["reg"]
-        _checkpoint.plain_options(group)
+        _checkpoint.plain_options(group, getattr(self, "defaults", group))  # torch sets them after the first check
         for flag in ("maximize", "count_nonzeros", "check_finite", "capturable"):
             if group[flag] not in (True, False):
                 raise ValueError(f"{owner}: {flag} must be True or False, got {group[flag]!r}")
@@ -131,6 +132,8 @@ class SparseOptimizer(torch.optim.Optimizer):
             )
         if group["fused"] not in (None, True, False):
             raise ValueError(f"{owner}: fused must be True, False or None, got {group['fused']!r}")
+        if group["fused"] is not None:
+            group["fused"] = bool(group["fused"])
         if group["capturable"] and group["check_finite"]:
             raise ValueError(f"{owner}: check_finite reads gradients on the host, so that capturable must be False")
         self._check_group(group)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,7 +40,7 @@ def plain(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
     """Makes a state dict plain data: regularizers as dicts, masks as bools, numbers as Python's."""
     state = state_dict["state"] = dict(state_dict["state"])  # its entries are the optimizer's own
     for mine, group in zip(optimizer.param_groups, state_dict["param_groups"]):
-        plain_options(group)
+        plain_options(group, group)  # those of schedulers, too
         if isinstance(group.get("reg"), Regularizer):
             group["reg"] = group["reg"].to_dict()
         for param, i in zip(mine["params"], group["params"]):
@@ -48,13 +49,16 @@ def plain(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
         group[MASKS] = _masked(group, state)
 
 
-def plain_options(group: dict[str, Any]) -> None:
-    """Makes the numbers in a group Python's, in place: users and schedulers set numpy's, too."""
-    for name, value in group.items():
+def plain_options(group: dict[str, Any], names: Iterable[str]) -> None:
+    """Makes the numbers of these options Python's, in place: users and schedulers set numpy's, too."""
+    for name in names:
+        value: Any = group.get(name)
         kind = type(value)
-        if kind in _PLAIN or name in ("params", "param_names"):  # each step passes here
-            continue
-        group[name] = kind(map(plain_number, value)) if kind in (tuple, list) else plain_number(value)
+        if kind in (tuple, list):
+            if any(type(part) not in _PLAIN for part in value):
+                group[name] = kind(map(plain_number, value))
+        elif kind not in _PLAIN:  # each step passes here
+            group[name] = plain_number(value)
 
 
 def _masked(group: dict[str, Any], state: dict[Any, Any]) -> int:

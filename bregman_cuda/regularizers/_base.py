@@ -380,7 +380,8 @@ class Separable(Regularizer):
 
     def in_metric(self) -> bool:
         """Whether the group penalty has a prox in a diagonal metric."""
-        return self.bends() or self.line() is not None
+        line = self.line()
+        return self.bends() or (line is not None and float(line[1]) <= 0)
 
     def bends(self) -> bool:
         """Whether it has a `curve`."""

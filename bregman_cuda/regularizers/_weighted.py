@@ -106,9 +106,11 @@ def _curve_rho(
 
     a, b = yield from _sums(x, inverse, reduced)
     norms = bounded(a).sqrt()
-    whole = gained(torch.zeros_like(norms), a, b, curve(norms)[0])
+    value, pull, _ = curve(norms)
+    whole = torch.where(pull > 0, -math.inf, gained(torch.zeros_like(norms), a, b, value))
     middle = radial.middle(norms, x.dtype)
-    rho = checked(curve(bounded(torch.where(norms < middle, norms, middle)))[1], a)
+    nearer = torch.where(middle > 1e-300, middle, 1e-300)
+    rho = checked(torch.where(norms > middle, curve(nearer)[1], pull), a)
     for _ in range(8):
         q = 1 / (1 + rho * kept)
         a, b = yield from _sums(x * q, kept * q, reduced)

@@ -69,7 +69,7 @@ def param_groups(model: nn.Module, weights: Choice = L1(0.1), **overrides: Any) 
         reg = chosen.get(name)
         group = groups.setdefault(id(reg), {"params": [], "reg": reg, **overrides})
         group["params"].append((name, parameter))
-    asks_for_none = weights is None or (isinstance(weights, Mapping) and len(weights) > 0)
+    asks_for_none = weights is None or callable(weights) or (isinstance(weights, Mapping) and len(weights) > 0)
     if all(reg is None for reg in chosen.values()) and not asks_for_none:
         rest = ", ".join([name for name, _ in named[:5]] + ["..."] * (len(named) > 5))
         warnings.warn(

@@ -115,23 +115,29 @@ void run_separable_buffered(const PlanView& plan, const Item& item, const void* 
 }
 
 // What the next tile will read, asked for while this one is searched, which reads no memory: its gradient and first two
-// slots. Its rows lie like this one's.
+// slots, as far as there are any. Its rows lie like this one's; where they lie in two levels, nothing is asked for. The
+// last tile asks for what is behind the arrays: these are addresses, not pointers.
 struct Ahead {
-  const char* at[3];
-  int64_t size[3], row_stride;  // bytes of an element; elements
+  static constexpr int kMost = 3;
+  uintptr_t at[kMost] = {};
+  int64_t size[kMost] = {}, row_stride = 0;  // bytes of an element; elements
+  int streams = 0;
 
   Ahead() = default;
   template <class Rule, class T>
   Ahead(const Arrays<Rule, T>& a, int64_t begin, int64_t row_stride) : row_stride(row_stride) {
-    static_assert(Rule::kStateSlots >= 2);
-    set(0, a.grad + begin);
-    set(1, a.slot0 + begin);
-    set(2, a.slot1 + begin);
+    add(a.grad, begin);
+    if constexpr (Rule::kStateSlots > 0) add(a.slot0, begin);
+    if constexpr (Rule::kStateSlots > 1) add(a.slot1, begin);
   }
   template <class T>
-  void set(int stream, const T* begin) {
-    at[stream] = reinterpret_cast<const char*>(begin);
-    size[stream] = int64_t(sizeof(T));
+  void add(const T* array, int64_t begin) {
+    size[streams] = int64_t(sizeof(T));
+    at[streams++] = reinterpret_cast<uintptr_t>(array) + uintptr_t(begin) * sizeof(T);
+  }
+  BREGMAN_HD void fetch(int64_t r, int64_t j) const {
+    for (int k = 0; k < streams; ++k)
+      __builtin_prefetch(reinterpret_cast<const void*>(at[k] + uintptr_t((r * row_stride + j) * size[k])), 0, 2);
   }
 };
 
@@ -235,9 +241,7 @@ BREGMAN_LOOP void add_level_moments(const Matrix<C> m, C level, const C* __restr
     const auto t = W::load(norms + j);
     Moments<typename W::type> sums{};
     for (int64_t r = 0; r < m.rows; ++r, z += m.columns, scales += m.columns) {
-      if constexpr (kFetch)
-        for (int k = 0; k < 3; ++k)
-          __builtin_prefetch(ahead.at[k] + ((row + r) * ahead.row_stride + j) * ahead.size[k], 0, 2);
+      if constexpr (kFetch) ahead.fetch(row + r, j);
       const auto terms = level_terms(W::load(z), W::load(scales), t, level);
       sums.a += terms.a;
       sums.b += terms.b;
@@ -314,6 +318,9 @@ class BufferedGroups {
     search_ = scratch.get<Search>(6, count);
     few_ = scratch.get<C>(7, 3 * columns_);
   }
+
+  // From row to row, in elements: of a folded run its own.
+  int64_t folded(int64_t row_stride) const { return folds_ ? kFold : row_stride; }
 
   // Isotropic: all elements have the same scale.
   template <class Scale>
@@ -468,8 +475,8 @@ struct PointGroups : TileOf<Rule, T> {
       auto add_old = [&](int64_t first, const Rows& part, int64_t n, double* sums) {
         add_old_squares(a, base + first, part, n, sums);
       };
-      const bool run = rows == 1 && count == 1;
-      const Ahead ahead(a, base + columns, run ? BufferedGroups<C>::kFold : this->row_stride);
+      const bool one_level = rows <= this->inner;
+      const Ahead ahead = one_level ? Ahead(a, base + columns, groups.folded(this->row_stride)) : Ahead();
       if (straight) groups.shrink_in_metric(line, this->all_rows(), add_old, ahead);
       else groups.shrink_along(k.radial, C(t.weight));
     } else if constexpr (Rule::kHalfSpace) {

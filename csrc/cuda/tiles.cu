@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<Rule, T, kShared>)
   const bool second = kShared && args.phase == Phase::scale;
   for (int g = int(threadIdx.x); g < tile.groups; g += kThreads) {
     arrays.alive[g] = 0;
-    if constexpr (Rule::kMetric) arrays.norm[g] = 0, arrays.search[g] = Search::begun;
+    if constexpr (Rule::kMetric) arrays.norm[g] = 0, arrays.factor[g] = 0, arrays.search[g] = Search::begun;
     if (kShared && second) arrays.factor[g] = C(value_of(g));
   }
   __syncthreads();
@@ -344,7 +344,7 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<Rule, T, kShared>)
       } else if constexpr (Rule::kMetric) {
         const double before = double(C(arrays.norm[g]));
         if (curved) {
-          double gain = double(arrays.factor[g]);  // until the last pass
+          double gain = double(arrays.factor[g]);  // kept there, in C, until the last pass
           arrays.norm[g] = group_curve(pass, arrays.norm[g], {sum.a, sum.b}, k.radial, C(part.t.weight), gain);
           arrays.factor[g] = C(pass + 1 < sums ? gain : arrays.norm[g]);
           if (double(C(arrays.norm[g])) != before) atomicOr(&arrays.moved[pass % 2], 1);
