@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 COPY = "copy"
-_TURN = 1e-3  # seconds: a turn repeats a shorter step, or the clock would count
+_TURN = 4e-3  # seconds: a turn repeats a shorter step, or the clock would count, and cold caches
 
 
 @dataclass
