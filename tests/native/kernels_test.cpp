@@ -174,10 +174,11 @@ Step random_step(const RuleNeeds& rule, bool grouped) {
   step.elementwise = {random_penalty(), last[0], last[1]};
   step.radial = {grouped ? random_penalty() : 0, last[2], last[3]};
   Line<double> line;
-  if (rule.paired && !line_of(step.radial, 1.0, line)) step.radial.kind = int(PenaltyKind::l1);
+  if (rule.paired && !line_of(step.radial, 1.0, !rule.half_space, line)) step.radial.kind = int(PenaltyKind::l1);
   if (grouped && rule.paired && !rule.half_space && g_random() % 4 == 0) {
-    constexpr PenaltyKind kBent[] = {PenaltyKind::l0, PenaltyKind::l_half, PenaltyKind::l_two_thirds, PenaltyKind::scad};
-    step.radial.kind = int(kBent[g_random() % 4]);
+    constexpr PenaltyKind kBent[] = {PenaltyKind::l0, PenaltyKind::l_half, PenaltyKind::l_two_thirds, PenaltyKind::mcp,
+                                     PenaltyKind::scad};
+    step.radial.kind = int(kBent[g_random() % 5]);
     step.jumps = true;
   }
   if (rule.half_space) step.elementwise.kind = int(PenaltyKind::none);
@@ -207,7 +208,7 @@ template <class Rule> void oracle(TestTensor& t, const Step& step) {
     for (int64_t i = 0; i < t.numel; ++i) t.error_scale[i] = sizes[group[i]];
     if constexpr (Rule::kHalfSpace) {
       Line<double> line{};
-      CHECK(line_of(step.radial, t.spec.weight, line), "penalty %d has no line", step.radial.kind);
+      CHECK(line_of(step.radial, t.spec.weight, false, line), "penalty %d has no line", step.radial.kind);
       std::vector<Sums> sums(t.numel, Sums{0, 0});
       for (int64_t i = 0; i < t.numel; ++i) {
         const Sums one = half_space_terms(q[i], scales[i]);
@@ -219,7 +220,7 @@ template <class Rule> void oracle(TestTensor& t, const Step& step) {
       }
     } else if constexpr (Rule::kMetric) {
       Line<double> line{};
-      CHECK(line_of(step.radial, t.spec.weight, line), "penalty %d has no line", step.radial.kind);
+      CHECK(line_of(step.radial, t.spec.weight, true, line), "penalty %d has no line", step.radial.kind);
       std::vector<double> norms(t.numel);
       std::vector<Search> search(t.numel, Search::begun);
       for (int k = 0; k < kRootSteps; ++k) {  // from 0
