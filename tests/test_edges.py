@@ -252,7 +252,7 @@ def test_narrowing_rounds_to_nearest_even(driver, dtype):
 def digest(threads: int) -> str:
     """The bits of parameters, states and counts of a workload that every thread takes part in."""
     total = hashlib.sha256()
-    shapes = [(200, 211), (5, 4099), (65, 3, 3, 3), (40001, 1), (5, 0)]
+    shapes = [(200, 211), (5, 4099), (65, 3, 3, 3), (40001, 1), (5, 0), (611, 307)]
     for rule, reg, dtype in (  # few: threads that wait for each other are slow on a busy machine
         ("adabreg", "l1", torch.float32),
         ("adabreg", "group_out", torch.float64),

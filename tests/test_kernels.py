@@ -13,7 +13,7 @@ from harness import Buffer, Outcome, Problem, assert_same, compare, guard_state,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bregman_cuda import L1, GroupLasso, LinBreg, _backend
+from bregman_cuda import L1, GroupLasso, LinBreg, NonnegL1, _backend
 from bregman_cuda.optim._plan import FusedBucket, ReferenceBucket
 
 EXAMPLES = int(os.environ.get("BREGMAN_TEST_EXAMPLES", "1"))
@@ -111,6 +111,28 @@ def test_shapes_layouts_and_options(kernel_driver):
         check(problem, kernel_driver)
 
     any_problem()
+
+
+class NonnegGroups(GroupLasso):
+    """With an elementwise penalty that has no loops of its own in the group kernels."""
+
+    elementwise = property(lambda self: NonnegL1(self.lam))
+
+
+@pytest.mark.parametrize("kernel_driver", ["cpu"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reg", ["group_in", "sparse_group_in", "group_l_half", NonnegGroups])
+@pytest.mark.parametrize("rule", ["linbreg", "linbreg_torch", "adabreg", "rmda"])
+def test_strips(kernel_driver, rule, reg, dtype):
+    """Groups that run through all rows of a large tensor: what follows from sums of strips of rows."""
+    make = registry.REGULARIZERS[reg] if isinstance(reg, str) else lambda: reg(0.3, "in")
+    if isinstance(reg, str) and not registry.takes(rule, reg):
+        pytest.skip("a dual asks for a convex penalty")
+    shapes = [(611, 307), (9, 5), (130, 40, 6, 6), (2050, 96), (200, 5, 160)]
+    problem = Problem(rule, make, dtype, shapes, ["contiguous", "contiguous", "channels_last"], masked=True)
+    optimizer = check(problem, kernel_driver).optimizer
+    ((_, bucket),) = optimizer._buckets()
+    assert int(bucket.plan.view(torch.int64)[5]) >= 2 * 3, "no strips"  # PlanHeader::strips; three tensors or more
 
 
 @pytest.mark.parametrize("grad_layout", [*registry.LAYOUTS, "gaps"])

@@ -1,8 +1,8 @@
-// Between the two visits of groups that share a budget: the shares of one budget (math/envelope.h).
+// The visits of a step, and between those of groups that share a budget its shares (math/envelope.h).
 #pragma once
 
 #include "../math/envelope.h"
-#include "../plan/plan.h"
+#include "../plan/step_args.h"
 
 namespace bregman {
 
@@ -12,7 +12,7 @@ inline void share_budget(const PlanView& plan, const Budget& budget) {
     for (int32_t tensor = budget.first_tensor; tensor < budget.end_tensor; ++tensor) {
       const TensorRecord& record = plan.records()[tensor];
       const int64_t groups = record.numel == 0 ? 0 : record.layout.groups();
-      for (int64_t g = 0; g < groups; ++g) f(plan.groups(record)[g], plan.decays()[tensor]);
+      for (int64_t g = 0; g < groups; ++g) f(plan.numbers(record)[g], plan.decays()[tensor]);
     }
   };
   for_groups([](double& value, double) { value = square_root(value); });
@@ -21,6 +21,22 @@ inline void share_budget(const PlanView& plan, const Budget& budget) {
     return none;
   });
   for_groups([&](double& value, double decay) { value = envelope_factor(value, decay, share(value, decay, eta)); });
+}
+
+// visit(phase, begin, end) takes items, all at once; share(count, f) calls f(i) for all i below count.
+template <class Visit, class Share>
+void all_visits(const PlanView& plan, bool counting, Visit visit, Share share) {
+  const PlanHeader& header = plan.header();
+  if (header.budgets) {
+    visit(Phase::norms, 0, header.items);
+    share(header.budgets, [&](int64_t i) { share_budget(plan, plan.budgets()[i]); });
+    visit(Phase::scale, 0, header.items);
+    return;
+  }
+  visit(Phase::whole, 0, header.items);
+  if (header.strips == 0) return;
+  visit(Phase::finish_strips, header.items - header.strips, header.items);
+  if (counting) visit(Phase::count_strips, header.items - header.strips, header.items);
 }
 
 }  // namespace bregman

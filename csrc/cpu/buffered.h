@@ -502,8 +502,15 @@ struct PointGroups : TileOf<Rule, T> {
 template <class Rule, class T>
 void run_grouped_buffered(const PlanView& plan, const Item& item, const void* grad, const StepArgs& args,
                           int32_t* counts) {
-  PointGroups<Rule, T> groups(plan.records()[item.tensor], grad, args);
-  run_tile(groups, item, counts);
+  const TensorRecord& t = plan.records()[item.tensor];
+  PointGroups<Rule, T> groups(t, grad, args);
+  if (t.strip_rows == 0) return run_tile(groups, item, counts);
+  if (args.phase != Phase::whole) return;
+  // Points are kept for whole groups: a share of these instead of a share of the rows.
+  const int64_t strips = ceil_div(t.layout.rows(), t.strip_rows), strip = item.begin / t.strip_rows;
+  const int64_t begin = t.layout.g2 * strip / strips, end = t.layout.g2 * (strip + 1) / strips;
+  if (counts != nullptr) counts[0] = counts[1] = 0;
+  if (begin < end) run_tile(groups, {begin, int32_t(end - begin), item.tensor}, counts);
 }
 
 BREGMAN_END

@@ -52,7 +52,7 @@ struct Rows {
   int64_t at(int64_t base, int64_t r) const { return base + (r / inner) * outer_stride + (r % inner) * inner_stride; }
 };
 
-// Asks for what the first visit of n neighbours will read. Rows are too short for the processor to foresee.
+// Asks for what the first visit of n neighbours will read. Rows of a tile are too short for the processor to foresee.
 template <class Rule, class T>
 BREGMAN_HD void fetch(const Arrays<Rule, T>& a, int64_t begin, int64_t n) {
   using C = compute_t<T>;
@@ -72,7 +72,7 @@ BREGMAN_LOOP void advance_columns(const Arrays<Rule, T> a, int64_t base, const R
                                   const flag_t<compute_t<T>>* keep) {
   using C = compute_t<T>;
   constexpr int64_t kAhead = 512;  // elements
-  const int64_t ahead = ceil_div(kAhead, n);
+  const int64_t ahead = rows.inner_stride == n ? rows.inner : ceil_div(kAhead, n);  // whole rows are one long run
   for (int64_t outer = 0; outer < rows.outer; ++outer)
     for (int64_t inner = 0; inner < rows.inner; ++inner) {
       const int64_t begin = base + outer * rows.outer_stride + inner * rows.inner_stride;
@@ -151,6 +151,10 @@ inline void sum_rows(const double* __restrict__ values, int64_t row, int64_t cou
   }
 }
 
+inline void add_numbers(const double* __restrict__ values, int64_t n, double* __restrict__ sums) {
+  for (int64_t j = 0; j < n; ++j) sums[j] += values[j];
+}
+
 template <class Scalar, class C>
 void radial_factors(const double* __restrict__ totals, int64_t count, C scale, const Penalty<C> k, C* __restrict__ factor) {
 #pragma GCC ivdep
@@ -191,7 +195,7 @@ void spread(const C* __restrict__ factor, int64_t row, int64_t count, C* __restr
       for (int64_t lane = 0; lane < kSpread; ++lane) columns[m * row + c + lane] = factor[m];
 }
 
-// Groups of one tensor: rows of contiguous columns, `row` of them per group.
+// Groups of one tensor, or a strip of it: rows of contiguous columns, `row` of them per group.
 template <class Rule, class T>
 struct TileOf {
   using C = compute_t<T>;
@@ -201,9 +205,9 @@ struct TileOf {
   const int64_t row, rows, inner, row_stride, r0_stride;
   Scratch& scratch = thread_scratch();
 
-  TileOf(const TensorRecord& record, const void* grad, const StepArgs& args)
-      : t(record), k(Scalars<Rule, C>::from(args.scalars, args.elementwise, args.radial)), a(record, grad), row(t.layout.r2), rows(t.layout.rows()),
-        inner(t.layout.r1), row_stride(t.layout.g2 * row), r0_stride(t.layout.g1 * inner * row_stride) {}
+  TileOf(const TensorRecord& record, const void* grad, const StepArgs& args, int64_t strip = 0)
+      : t(record), k(Scalars<Rule, C>::from(args.scalars, args.elementwise, args.radial)), a(record, grad), row(t.layout.r2), rows(strip ? strip : t.layout.rows()),
+        inner(strip ? strip : t.layout.r1), row_stride(t.layout.g2 * row), r0_stride(t.layout.g1 * inner * row_stride) {}
 
   int64_t offset(int64_t base, int64_t r) const { return all_rows().at(base, r); }
   Rows all_rows() const { return {rows / inner, inner, r0_stride, row_stride}; }
@@ -226,12 +230,12 @@ struct Groups : TileOf<Rule, T> {
   const C scale;
   const bool stream;
   const Phase phase;
-  double* const values;  // one per group, where phases leave them
+  double* const values;  // where phases leave numbers
 
-  Groups(const PlanView& plan, const TensorRecord& record, const void* grad, const StepArgs& args)
-      : Base(record, grad, args), scale(uniform_scale<Rule, C>(k.h) * C(t.weight)),
+  Groups(const PlanView& plan, const TensorRecord& record, const void* grad, const StepArgs& args, int64_t strip = 0)
+      : Base(record, grad, args, strip), scale(uniform_scale<Rule, C>(k.h) * C(t.weight)),
         stream(streams<Rule, T>(plan, t) && t.mask == nullptr), phase(args.phase),
-        values(phase == Phase::whole ? nullptr : plan.groups(t)) {}
+        values(phase == Phase::whole && !strip ? nullptr : plan.numbers(t)) {}
 
   void advance_one(int64_t begin, int64_t n, double* lanes) const {
     if (t.mask == nullptr) return advance_run<Rule, Elementwise, T, false>(a, begin, n, k, lanes, nullptr);
@@ -319,6 +323,37 @@ struct Groups : TileOf<Rule, T> {
       for (int64_t m = 0; m < count; ++m) *alive += (factor[m] != C(0) || Rule::kReadsParam) && this->any_nonzero(base + m * row);
     return nonzeros;
   }
+
+  // A strip, from row `first` of the tensor: its sums, or with those of all strips the rest.
+  int32_t run_strip(int64_t first) const {
+    const int64_t columns = row_stride, begin = first * columns;
+    if (phase == Phase::whole) {
+      double* sums = values + first / t.strip_rows * columns;
+      for (int64_t j = 0; j < columns; ++j) sums[j] = 0;
+      advance_tile(begin, columns, sums);
+      return 0;
+    }
+    C* spread_factor = scratch.template get<C>(3, columns + kSpread);
+    spread(strip_factors(), row, columns / row, spread_factor);
+    return finish(begin, columns, ColumnFactors<C>{spread_factor}, 0);
+  }
+  int32_t count_alive() const {
+    const C* factor = strip_factors();
+    int32_t alive = 0;
+    for (int64_t m = 0; m < t.layout.g2; ++m) alive += (factor[m] != C(0) || Rule::kReadsParam) && this->any_nonzero(m * row);
+    return alive;
+  }
+  const C* strip_factors() const {
+    const int64_t columns = row_stride, count = columns / row, strips = ceil_div(t.layout.rows(), t.strip_rows);
+    double* sums = scratch.template get<double>(0, columns);
+    double* totals = scratch.template get<double>(1, count);
+    C* factor = scratch.template get<C>(2, count);
+    for (int64_t j = 0; j < columns; ++j) sums[j] = 0;
+    for (int64_t s = 0; s < strips; ++s) add_numbers(values + s * columns, columns, sums);
+    sum_rows(sums, row, count, totals);
+    radial_factors(totals, count, scale, k.radial, factor);
+    return factor;
+  }
 };
 
 template <class Groups>
@@ -348,10 +383,19 @@ void run_tile(Groups& groups, const Item& item, int32_t* counts) {
 
 template <class Rule, class Elementwise, class T>
 void run_grouped(const PlanView& plan, const Item& item, const void* grad, const StepArgs& args, int32_t* counts) {
-  Groups<Rule, Elementwise, T> groups(plan, plan.records()[item.tensor], grad, args);
+  const TensorRecord& t = plan.records()[item.tensor];
+  const bool strip = t.strip_rows > 0, counting = args.phase == Phase::count_strips;
+  Groups<Rule, Elementwise, T> groups(plan, t, grad, args, strip && !counting ? item.count : 0);
   if (args.phase == Phase::norms && item.begin == 0)  // one of the tensor's items says it for all
-    plan.decays()[item.tensor] = budget_decay(groups.k, groups.t.weight);
-  run_tile(groups, item, counts);
+    plan.decays()[item.tensor] = budget_decay(groups.k, t.weight);
+  if (counting) {
+    if (item.begin == 0) counts[1] = groups.count_alive();
+  } else if (strip) {
+    const int32_t count = groups.run_strip(item.begin);
+    if (counts != nullptr) counts[0] = count, counts[1] = 0;
+  } else {
+    run_tile(groups, item, counts);
+  }
   if (groups.stream) stream_fence();
 }
 

@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kThreads) budget_kernel(const char* device_pla
       const TensorRecord& record = plan.records()[tensor];
       if (record.numel == 0) continue;
       const double decay = global(plan.decays())[tensor];
-      double* values = global(plan.groups(record));
+      double* values = global(plan.numbers(record));
       const int64_t groups = record.layout.groups();
       for (int64_t g = int64_t(threadIdx.x); g < groups; g += kThreads) f(values[g], decay);
     }

@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<Rule, T, kShared>)
   const int most = int(plan.header().panel);
   const int panel_size = fits ? int(tile.elements()) : alone ? most / V * V : int(most - most % tile.columns());
   C* const scales = z + panel_size;
-  auto value_of = [&](int g) -> double& { return global(plan.groups(part.t))[item.begin + g]; };  // where budgets are shared
+  auto value_of = [&](int g) -> double& { return global(plan.numbers(part.t))[item.begin + g]; };  // where budgets are shared
 
   // Calls f(width, j) for this thread's elements of a panel, `width` from j on. Element j is the same thread's in every
   // panel, whatever its size: nobody waits before the next one takes its place.

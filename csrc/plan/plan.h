@@ -22,7 +22,8 @@ struct TensorRecord {
   int64_t numel;
   GroupLayout layout;
   double weight;  // of each group
-  int64_t first_group;  // where its groups begin among those that share budgets
+  int64_t first_number;  // where its numbers begin among those of the plan (`PlanView::numbers`)
+  int64_t strip_rows;    // rows of a strip, if it is visited in strips, or 0
   // By r2, and for strided groups by r1 and by the columns of most tiles and of a slab's last.
   Divider by_row, by_inner, by_columns[2];
 };
@@ -33,7 +34,9 @@ struct Budget {
   int32_t first_tensor, end_tensor;
 };
 
-// Separable: `count` elements from `begin`. Grouped: `count` neighbouring groups from group `begin`, all of one (g0, g1).
+// Separable: `count` elements from `begin`. Grouped: `count` neighbouring groups from group `begin`, all of one (g0, g1);
+// or a strip, `count` whole rows from row `begin` of a tensor whose groups all run through all of its rows. Strips come
+// last in a plan.
 struct Item {
   int64_t begin;
   int32_t count;
@@ -43,7 +46,7 @@ struct Item {
 struct PlanHeader {
   int64_t bytes;
   int32_t rule, dtype, slots, grouped;
-  int64_t tensors, items;
+  int64_t tensors, items, strips;  // items that are strips
   int64_t elements;           // of all tensors
   int64_t scratch_elements;   // the largest tile, or panel of one that cannot be held at once
   int64_t tile_groups;        // the most groups of a tile
@@ -51,7 +54,7 @@ struct PlanHeader {
   int64_t panel;              // elements that it takes at a time of a tile with more
   int64_t budgets;
   int64_t record_offset, item_offset, budget_offset, shape_offset;
-  int64_t decay_offset;  // of float64 that steps with budgets write: the decay of each tensor, a number for each group
+  int64_t decay_offset;  // of float64 that steps with budgets or strips write: the decay of each tensor, its numbers
 };
 
 // How finely to cut; the numbers are each driver's own.
@@ -66,6 +69,7 @@ struct Tuning {
   int64_t capacity;      // elements that fit on chip
   int64_t panel;         // elements to take at a time of a tile that does not; no more than `capacity`
   int64_t workers;       // that run side by side: such tiles are as wide as leaves work for all
+  bool strips;           // whether to visit in strips what no tile holds
 };
 
 struct TensorSpec {
@@ -88,8 +92,9 @@ struct PlanView {
   BREGMAN_HD double* decays() const {
     return reinterpret_cast<double*>(const_cast<char*>(base) + header().decay_offset);
   }
-  BREGMAN_HD double* groups(const TensorRecord& record) const {
-    return decays() + header().tensors + record.first_group;
+  // With a budget: one for each group. In strips: a sum for each column of each strip.
+  BREGMAN_HD double* numbers(const TensorRecord& record) const {
+    return decays() + header().tensors + record.first_number;
   }
   // Per tensor: offset of its entry, which holds ndim, sizes and strides.
   BREGMAN_HD const int64_t* shape(int64_t tensor) const {
@@ -121,8 +126,19 @@ inline int64_t groups_per_tile(const GroupLayout& layout, const Tuning& tuning, 
   return std::min(rounded(std::clamp<int64_t>(count, 1, tuning.max_groups)), layout.g2);
 }
 
+// Rows of a strip, or 0: strips are for tensors that are one slab of groups, too large for a tile. As large as a tile, and
+// few: each adds up the sums of all, at most a third of an addition per element.
+inline int64_t rows_per_strip(const GroupLayout& layout, const Tuning& tuning) {
+  const int64_t rows = layout.rows(), columns = layout.g2 * layout.r2;
+  if (!tuning.strips || rows == 1 || layout.g0 * layout.g1 > 1 || rows * columns <= tuning.strided_tile) return 0;
+  int64_t few = 1;
+  while (few * few < 3 * rows) ++few;
+  const int64_t count = std::max(few, ceil_div(tuning.strided_tile, columns));
+  return count < rows ? count : 0;
+}
+
 inline void cut(const TensorSpec& spec, TensorRecord& record, int32_t index, const Tuning& tuning, PlanHeader& header,
-                int64_t share, std::vector<Item>& items) {
+                int64_t share, std::vector<Item>& items, std::vector<Item>& strips) {
   if (record.numel == 0) return;
   if (spec.group_dims < 0) {
     for (int64_t begin = 0; begin < record.numel; begin += tuning.chunk)
@@ -130,6 +146,11 @@ inline void cut(const TensorSpec& spec, TensorRecord& record, int32_t index, con
     return;
   }
   const GroupLayout& layout = record.layout;
+  if (record.strip_rows) {
+    for (int64_t row = 0; row < layout.rows(); row += record.strip_rows)
+      strips.push_back({row, int32_t(std::min(record.strip_rows, layout.rows() - row)), index});
+    return;
+  }
   const int64_t step = groups_per_tile(layout, tuning, share), rest = layout.g2 % step;
   for (int64_t count : {step, rest}) {  // a slab's last tile may be held where others are not
     const int64_t size = count * layout.group_size();
@@ -153,9 +174,9 @@ inline std::vector<char> make_plan(const std::vector<TensorSpec>& specs, int rul
                                    const Tuning& tuning) {
   PlanHeader header{};
   std::vector<TensorRecord> records;
-  std::vector<Item> items;
+  std::vector<Item> items, strips;
   std::vector<Budget> budgets;
-  int64_t groups = 0;
+  int64_t numbers = 0;
   std::vector<int64_t> shapes(specs.size());
   header.grouped = !specs.empty() && specs[0].group_dims >= 0;
   for (const TensorSpec& spec : specs)
@@ -183,22 +204,26 @@ inline std::vector<char> make_plan(const std::vector<TensorSpec>& specs, int rul
         throw std::invalid_argument("tensor " + std::to_string(i) + ": it has no groups, or no budget, to share");
       if (spec.budget > 0) budgets.push_back({spec.budget, int32_t(i), int32_t(i)});
       budgets.back().end_tensor = int32_t(i + 1);
-      record.first_group = groups;
-      groups += record.numel ? layout.groups() : 0;
     }
+    if (record.numel && spec.group_dims >= 0 && !spec.budget) record.strip_rows = rows_per_strip(layout, tuning);
+    record.first_number = numbers;
+    if (record.strip_rows) numbers += ceil_div(layout.rows(), record.strip_rows) * layout.g2 * layout.r2;
+    else if (spec.budget && record.numel) numbers += layout.groups();
     if (!spec.budget != !specs[0].budget) throw std::invalid_argument("all tensors share budgets, or none");
-    cut(spec, record, int32_t(i), tuning, header, share, items);
+    cut(spec, record, int32_t(i), tuning, header, share, items, strips);
     records.push_back(record);
     shapes[i] = int64_t(shapes.size());
     shapes.push_back(int64_t(spec.sizes.size()));
     shapes.insert(shapes.end(), spec.sizes.begin(), spec.sizes.end());
     shapes.insert(shapes.end(), spec.strides.begin(), spec.strides.end());
   }
+  items.insert(items.end(), strips.begin(), strips.end());
   header.rule = rule;
   header.dtype = int32_t(dtype);
   header.slots = slots;
   header.tensors = int64_t(records.size());
   header.items = int64_t(items.size());
+  header.strips = int64_t(strips.size());
   header.budgets = int64_t(budgets.size());
   header.tile_capacity = tuning.capacity;
   header.panel = tuning.panel;
@@ -207,7 +232,7 @@ inline std::vector<char> make_plan(const std::vector<TensorSpec>& specs, int rul
   header.budget_offset = header.item_offset + int64_t(items.size() * sizeof(Item));
   header.shape_offset = header.budget_offset + int64_t(budgets.size() * sizeof(Budget));
   header.decay_offset = header.shape_offset + int64_t(shapes.size() * sizeof(int64_t));
-  header.bytes = header.decay_offset + (budgets.empty() ? 0 : header.tensors + groups) * int64_t(sizeof(double));
+  header.bytes = header.decay_offset + (numbers || !budgets.empty() ? header.tensors + numbers : 0) * int64_t(sizeof(double));
   std::vector<char> plan(size_t(header.bytes));
   std::memcpy(plan.data(), &header, sizeof(header));
   if (!records.empty())

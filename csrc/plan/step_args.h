@@ -5,11 +5,14 @@
 
 namespace bregman {
 
-// Groups that share a budget (math/envelope.h) take a step in two visits, with the shares worked out between them.
+// Groups that share a budget (math/envelope.h) take a step in two visits, with the shares worked out between them. So do
+// strips, with the sums of all strips of a tensor left in the plan.
 enum class Phase : int32_t {
-  whole,
+  whole,  // of strips: advance the state, and leave the sums
   norms,  // advance the state, and leave the squared norm of each group in the plan
   scale,  // finish with the factor that stands there instead
+  finish_strips,
+  count_strips,  // non-zero groups, once all strips are there
 };
 
 struct StepArgs {

@@ -9,10 +9,11 @@ namespace {
 // A chunk of 16 K elements keeps its arrays in L2 and leaves enough items to share out. Rows of a strided tile are as long
 // as L2 allows, which holds what the second visit needs: all that the first one read, or with a dual that alone.
 constexpr int64_t kTileBytes = 9 << 17;  // 32 groups of 9 columns of a 512-channel convolution, two arrays in fp32
-Tuning cpu_tuning(int64_t bytes_needed) {
+Tuning cpu_tuning(int64_t bytes_needed, bool strips) {
   constexpr int64_t kAll = int64_t(1) << 40;
   return {/*chunk=*/16384,       /*tile=*/16384,         /*strided_tile=*/kTileBytes / bytes_needed, /*min_segment=*/16,
-          /*least_segment=*/16, /*max_groups=*/1 << 20, /*align=*/16, /*capacity=*/kAll, /*panel=*/kAll, /*workers=*/1};
+          /*least_segment=*/16, /*max_groups=*/1 << 20, /*align=*/16, /*capacity=*/kAll, /*panel=*/kAll, /*workers=*/1,
+          strips};
 }
 // Below this much work per thread, waking a thread costs more than it saves.
 constexpr int64_t kGrainElements = 16384;
@@ -22,9 +23,11 @@ Plan plan_cpu(const Tensors params, const Tensors state, const Tensors masks, co
               const std::vector<int64_t> budgets, int64_t rule) {
   STD_TORCH_CHECK(!params.empty(), "a plan needs at least one tensor");
   // A gradient counts with a dual, too: it passes through L2.
-  const int64_t arrays = rule_traits(rule, false).reads_param ? 2 + int64_t(state.size() / params.size()) : 2;
+  const RuleTraits traits = rule_traits(rule, false);
+  const int64_t arrays = traits.reads_param ? 2 + int64_t(state.size() / params.size()) : 2;
+  const bool strips = !traits.reads_param && !traits.paired;
   return plan_tensors(params, state, masks, addresses, group_dims, weights, budgets, rule,
-                      cpu_tuning(arrays * std::max<int64_t>(4, params[0].element_size())));
+                      cpu_tuning(arrays * std::max<int64_t>(4, params[0].element_size()), strips));
 }
 
 Text describe_cpu() { return describe(best_isa().name); }
@@ -39,20 +42,19 @@ void step_cpu(const Tensor, const Tensor device_plan, const Tensors grads, const
   if (header.items == 0 || args.scalars[0] != 0) return;
   int32_t* out = counts.numel() ? static_cast<int32_t*>(counts.data_ptr()) : nullptr;
   const int64_t per_item = std::max<int64_t>(1, header.elements / header.items);
-  auto visit = [&](Phase phase) {
+  auto visit = [&](Phase phase, int64_t first, int64_t last) {
     StepArgs part = args;
     part.phase = phase;
-    torch::stable::parallel_for(0, header.items, std::max<int64_t>(1, kGrainElements / per_item),
+    torch::stable::parallel_for(first, last, std::max<int64_t>(1, kGrainElements / per_item),
                                 [&](int64_t begin, int64_t end) {
                                   best_isa().run(plan, pointers.data(), part, out, begin, end);
                                 });
   };
-  if (header.budgets == 0) return visit(Phase::whole);
-  visit(Phase::norms);
-  torch::stable::parallel_for(0, header.budgets, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) share_budget(plan, plan.budgets()[i]);
+  all_visits(plan, out != nullptr, visit, [](int64_t count, auto f) {
+    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) f(i);
+    });
   });
-  visit(Phase::scale);
 }
 
 STABLE_TORCH_LIBRARY(bregman_cuda, m) { BREGMAN_SCHEMA(m); }

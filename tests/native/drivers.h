@@ -26,14 +26,13 @@ inline void cpu_step(const PlanView& plan, const void* const* grads, const StepA
   // As its op does.
   if (args.scalars[0] != 0) return;
   StepArgs part = args;
-  auto visit = [&](Phase phase) {
+  auto visit = [&](Phase phase, int64_t begin, int64_t end) {
     part.phase = phase;
-    run_items_base(plan, grads, part, counts, 0, plan.header().items);
+    run_items_base(plan, grads, part, counts, begin, end);
   };
-  if (plan.header().budgets == 0) return visit(Phase::whole);
-  visit(Phase::norms);
-  for (int64_t i = 0; i < plan.header().budgets; ++i) share_budget(plan, plan.budgets()[i]);
-  visit(Phase::scale);
+  all_visits(plan, counts != nullptr, visit, [](int64_t count, auto f) {
+    for (int64_t i = 0; i < count; ++i) f(i);
+  });
 }
 
 inline Tuning cpu_tuning(int64_t, int64_t) { return random_tuning(); }

@@ -1,4 +1,4 @@
-// Properties of the step plan: every element in exactly one item, every group whole and in one tile.
+// Properties of the step plan: every element in exactly one item, every group whole and in one tile, or in all strips.
 #include <map>
 
 #include "check.h"
@@ -27,6 +27,18 @@ void check_tensor(const PlanView& plan, int tensor, const TensorSpec& spec, cons
     const Item& item = plan.items()[i];
     if (item.tensor != tensor) continue;
     CHECK(item.count > 0);
+    CHECK((record.strip_rows > 0) == (i >= plan.header().items - plan.header().strips), "strips are last");
+    if (record.strip_rows) {
+      const GroupLayout& g = record.layout;
+      const int64_t columns = g.g2 * g.r2, rows = g.rows();
+      CHECK(tuning.strips && spec.budget == 0 && g.g0 * g.g1 == 1 && rows * columns > tuning.strided_tile);
+      CHECK(item.begin % record.strip_rows == 0 && item.count == std::min(record.strip_rows, rows - item.begin));
+      CHECK(record.strip_rows < rows && record.strip_rows * record.strip_rows >= 3 * rows);
+      for (int64_t e = item.begin * columns; e < (item.begin + item.count) * columns; ++e) ++seen.at(e);
+      for (int64_t e = 0; e < columns; ++e)  // rows are whole, and alike
+        CHECK(oracle.at(item.begin * columns + e) == oracle.at(e));
+      continue;
+    }
     if (spec.group_dims < 0) {
       CHECK(item.begin % 64 == 0 && item.count <= tuning.chunk);
       for (int64_t e = item.begin; e < item.begin + item.count; ++e) ++seen.at(e);
@@ -59,21 +71,30 @@ void check_tensor(const PlanView& plan, int tensor, const TensorSpec& spec, cons
   for (const auto& [group, count] : items_of_group) CHECK(count == 1, "group %ld is in %d items", long(group), count);
 }
 
-// Every tensor belongs to one budget, and every group that shares one has a number of its own within the plan.
-void check_budgets(const PlanView& plan, const std::vector<TensorSpec>& specs) {
+// Every tensor belongs to one budget, or to none, and every group that shares one, and every column of a strip, has a
+// number of its own within the plan.
+void check_numbers(const PlanView& plan, const std::vector<TensorSpec>& specs) {
   const PlanHeader& header = plan.header();
-  int64_t budget = -1, groups = 0;
-  for (size_t t = 0; t < specs.size() && specs[t].budget; ++t) {
+  int64_t budget = -1, numbers = 0, strips = 0;
+  for (size_t t = 0; t < specs.size(); ++t) {
+    const TensorRecord& record = plan.records()[t];
+    const GroupLayout& g = record.layout;
+    CHECK(record.first_number == numbers, "tensor %zu begins at number %ld", t, long(record.first_number));
+    if (record.strip_rows) {
+      const int64_t count = ceil_div(g.rows(), record.strip_rows);
+      strips += count;
+      numbers += count * g.g2 * g.r2;
+    }
+    if (specs[t].budget == 0) continue;
     budget += specs[t].budget > 0;
     const Budget& mine = plan.budgets()[budget];
     CHECK(mine.first_tensor <= int(t) && int(t) < mine.end_tensor, "tensor %zu is not in budget %ld", t, long(budget));
     CHECK(specs[t].budget < 0 || (mine.first_tensor == int(t) && mine.k == specs[t].budget));
-    const TensorRecord& record = plan.records()[t];
-    CHECK(record.first_group == groups, "tensor %zu begins at group %ld", t, long(record.first_group));
-    groups += record.numel ? record.layout.groups() : 0;
+    numbers += record.numel ? g.groups() : 0;
   }
   CHECK(header.budgets == budget + 1, "%ld budgets instead of %ld", long(header.budgets), long(budget + 1));
-  const int64_t room = budget < 0 ? 0 : header.tensors + groups;
+  CHECK(header.strips == strips, "%ld strips instead of %ld", long(header.strips), long(strips));
+  const int64_t room = budget < 0 && numbers == 0 ? 0 : header.tensors + numbers;
   CHECK(header.decay_offset % 8 == 0 && header.decay_offset + 8 * room == header.bytes, "room for %ld", long(room));
 }
 
@@ -102,7 +123,7 @@ void check_random_plans() {
       CHECK(std::equal(specs[t].strides.begin(), specs[t].strides.end(), shape + 1 + ndim));
     }
     CHECK(header.elements == elements);
-    check_budgets(plan, specs);
+    check_numbers(plan, specs);
   }
 }
 

@@ -60,6 +60,7 @@ inline Tuning random_tuning() {
   tuning.capacity = pick({64, 512, 1 << 20});
   tuning.panel = std::min<int64_t>(tuning.capacity, pick({64, 256}));
   tuning.workers = pick({1, 4, 400});
+  tuning.strips = g_random() % 2;
   return tuning;
 }
 
