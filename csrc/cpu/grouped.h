@@ -144,7 +144,15 @@ double sum_lanes(double* lanes) {
 
 // totals[m] = the sum of `row` neighbours, for `count` groups.
 inline void sum_rows(const double* __restrict__ values, int64_t row, int64_t count, double* __restrict__ totals) {
-  for (int64_t m = 0; m < count; ++m) {
+  constexpr int64_t kSide = 8;  // groups at a time: an addition waits for the one before
+  int64_t m = 0;
+  for (; m + kSide <= count; m += kSide) {
+    double sums[kSide] = {};
+    for (int64_t c = 0; c < row; ++c)
+      for (int64_t side = 0; side < kSide; ++side) sums[side] += values[(m + side) * row + c];
+    for (int64_t side = 0; side < kSide; ++side) totals[m + side] = sums[side];
+  }
+  for (; m < count; ++m) {
     double total = 0;
     for (int64_t c = 0; c < row; ++c) total += values[m * row + c];
     totals[m] = total;
