@@ -49,7 +49,9 @@ inline void run_items(const PlanView& plan, const void* const* grads, const Step
     BREGMAN_RULES(X)
 #undef X
   }
-  for (int64_t i = begin; i < end; ++i) {
+  for (int64_t n = begin; n < end; ++n) {
+    // The second visit of strips goes backwards: caches hold what the first visit touched last.
+    const int64_t i = args.phase == Phase::finish_strips ? end - 1 - (n - begin) : n;
     const Item& item = plan.items()[i];
     run(plan, item, grads[item.tensor], args, counts == nullptr ? nullptr : counts + 2 * i);
   }
