@@ -23,7 +23,7 @@ inline void share_budget(const PlanView& plan, const Budget& budget) {
   for_groups([&](double& value, double decay) { value = envelope_factor(value, decay, share(value, decay, eta)); });
 }
 
-// visit(phase, begin, end) takes items, all at once; share(count, f) calls f(i) for all i below count.
+// visit(phase, begin, end) takes items, all at once and of about one size; share(count, f) calls f(i) for all i below count.
 template <class Visit, class Share>
 void all_visits(const PlanView& plan, bool counting, Visit visit, Share share) {
   const PlanHeader& header = plan.header();
@@ -33,10 +33,11 @@ void all_visits(const PlanView& plan, bool counting, Visit visit, Share share) {
     visit(Phase::scale, 0, header.items);
     return;
   }
-  visit(Phase::whole, 0, header.items);
-  if (header.strips == 0) return;
-  visit(Phase::finish_strips, header.items - header.strips, header.items);
-  if (counting) visit(Phase::count_strips, header.items - header.strips, header.items);
+  const int64_t strips = header.items - header.strips;
+  if (strips > 0) visit(Phase::whole, 0, strips);
+  if (strips == header.items) return;
+  for (Phase phase : {Phase::whole, Phase::sum_strips, Phase::finish_strips}) visit(phase, strips, header.items);
+  if (counting) visit(Phase::count_strips, strips, header.items);
 }
 
 }  // namespace bregman

@@ -506,11 +506,14 @@ void run_grouped_buffered(const PlanView& plan, const Item& item, const void* gr
   PointGroups<Rule, T> groups(t, grad, args);
   if (t.strip_rows == 0) return run_tile(groups, item, counts);
   if (args.phase != Phase::whole) return;
-  // Points are kept for whole groups: a share of these instead of a share of the rows.
-  const int64_t strips = ceil_div(t.layout.rows(), t.strip_rows), strip = item.begin / t.strip_rows;
-  const int64_t begin = t.layout.g2 * strip / strips, end = t.layout.g2 * (strip + 1) / strips;
-  if (counts != nullptr) counts[0] = counts[1] = 0;
-  if (begin < end) run_tile(groups, {begin, int32_t(end - begin), item.tensor}, counts);
+  // Points are kept for whole groups: tiles of these in turn, instead of rows.
+  const int64_t step = t.by_columns[0].divisor / t.layout.r2;
+  int32_t total[2] = {}, found[2] = {};
+  for (int64_t begin = item.begin / t.strip_rows * step; begin < t.layout.g2; begin += strips_of(t) * step) {
+    run_tile(groups, {begin, int32_t(std::min(step, t.layout.g2 - begin)), item.tensor}, counts ? found : nullptr);
+    for (int m : {0, 1}) total[m] += found[m];
+  }
+  if (counts != nullptr) counts[0] = total[0], counts[1] = total[1];
 }
 
 BREGMAN_END

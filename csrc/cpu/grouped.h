@@ -1,6 +1,6 @@
 // The loops for group penalties. A group is visited twice: once to advance its state and sum the squares of its prox
 // points, once to shrink by the factor that follows. Points are not kept in between: the second visit computes them
-// again from the state, which the caches still hold.
+// again from the state, which the caches still hold, or in strips, which memory does.
 #pragma once
 
 #include "arrays.h"
@@ -228,6 +228,13 @@ struct TileOf {
   }
 };
 
+// The groups that one strip of a tensor sees to, out of all.
+struct Share {
+  int64_t begin, count;
+  Share(const TensorRecord& t, int64_t strip)
+      : begin(t.layout.g2 * strip / strips_of(t)), count(t.layout.g2 * (strip + 1) / strips_of(t) - begin) {}
+};
+
 // Those whose points are computed again on the second visit.
 template <class Rule, class Elementwise, class T>
 struct Groups : TileOf<Rule, T> {
@@ -332,35 +339,49 @@ struct Groups : TileOf<Rule, T> {
     return nonzeros;
   }
 
-  // A strip, from row `first` of the tensor: its sums, or with those of all strips the rest.
-  int32_t run_strip(int64_t first) const {
-    const int64_t columns = row_stride, begin = first * columns;
+  // A strip: its sums; its share of the groups' factors, from those of all strips; the rest of its own rows.
+  int32_t run_strip(int64_t strip) const {
+    const int64_t columns = row_stride, count = t.layout.g2, base = strip * t.strip_rows * columns;
+    double* const factors = values + strips_of(t) * columns;
     if (phase == Phase::whole) {
-      double* sums = values + first / t.strip_rows * columns;
+      double* sums = values + strip * columns;
       for (int64_t j = 0; j < columns; ++j) sums[j] = 0;
-      advance_tile(begin, columns, sums);
+      advance_tile(base, columns, sums);
+      return 0;
+    }
+    C* factor = scratch.template get<C>(2, count);
+    if (phase == Phase::sum_strips) {
+      const Share part(t, strip);
+      double* sums = scratch.template get<double>(0, columns);
+      double* totals = scratch.template get<double>(1, count);
+      for (int64_t j = 0; j < part.count * row; ++j) sums[j] = 0;
+      for (int64_t s = 0; s < strips_of(t); ++s) add_numbers(values + s * columns + part.begin * row, part.count * row, sums);
+      sum_rows(sums, row, part.count, totals);
+      radial_factors(totals, part.count, scale, k.radial, factor);
+      for (int64_t m = 0; m < part.count; ++m) factors[part.begin + m] = double(factor[m]);
       return 0;
     }
     C* spread_factor = scratch.template get<C>(3, columns + kSpread);
-    spread(strip_factors(), row, columns / row, spread_factor);
-    return finish(begin, columns, ColumnFactors<C>{spread_factor}, 0);
+    for (int64_t m = 0; m < count; ++m) factor[m] = C(factors[m]);
+    spread(factor, row, count, spread_factor);
+    return finish(base, columns, ColumnFactors<C>{spread_factor}, 0);
   }
-  int32_t count_alive() const {
-    const C* factor = strip_factors();
-    int32_t alive = 0;
-    for (int64_t m = 0; m < t.layout.g2; ++m) alive += (factor[m] != C(0) || Rule::kReadsParam) && this->any_nonzero(m * row);
-    return alive;
-  }
-  const C* strip_factors() const {
-    const int64_t columns = row_stride, count = columns / row, strips = ceil_div(t.layout.rows(), t.strip_rows);
-    double* sums = scratch.template get<double>(0, columns);
-    double* totals = scratch.template get<double>(1, count);
-    C* factor = scratch.template get<C>(2, count);
-    for (int64_t j = 0; j < columns; ++j) sums[j] = 0;
-    for (int64_t s = 0; s < strips; ++s) add_numbers(values + s * columns, columns, sums);
-    sum_rows(sums, row, count, totals);
-    radial_factors(totals, count, scale, k.radial, factor);
-    return factor;
+
+  // The non-zero ones of a strip's share of the groups, row by row of the tensor.
+  int32_t count_alive(int64_t strip) const {
+    const double* const factors = values + strips_of(t) * row_stride;
+    const Share part(t, strip);
+    char* zero = scratch.template get<char>(0, part.count);  // as far as is known
+    int64_t left = 0, alive = 0;
+    for (int64_t m = 0; m < part.count; ++m)
+      left += zero[m] = Rule::kReadsParam || factors[part.begin + m] != 0;
+    for (int64_t r = 0; r < t.layout.rows() && alive < left; ++r) {
+      const T* values = a.param + r * row_stride + part.begin * row;
+      for (int64_t m = 0; m < part.count; ++m)
+        for (int64_t c = 0; c < row && zero[m]; ++c)
+          if (nonzero(values[m * row + c])) zero[m] = 0, ++alive;
+    }
+    return int32_t(alive);
   }
 };
 
@@ -392,17 +413,16 @@ void run_tile(Groups& groups, const Item& item, int32_t* counts) {
 template <class Rule, class Elementwise, class T>
 void run_grouped(const PlanView& plan, const Item& item, const void* grad, const StepArgs& args, int32_t* counts) {
   const TensorRecord& t = plan.records()[item.tensor];
-  const bool strip = t.strip_rows > 0, counting = args.phase == Phase::count_strips;
-  Groups<Rule, Elementwise, T> groups(plan, t, grad, args, strip && !counting ? item.count : 0);
+  Groups<Rule, Elementwise, T> groups(plan, t, grad, args, t.strip_rows ? item.count : 0);
   if (args.phase == Phase::norms && item.begin == 0)  // one of the tensor's items says it for all
     plan.decays()[item.tensor] = budget_decay(groups.k, t.weight);
-  if (counting) {
-    if (item.begin == 0) counts[1] = groups.count_alive();
-  } else if (strip) {
-    const int32_t count = groups.run_strip(item.begin);
-    if (counts != nullptr) counts[0] = count, counts[1] = 0;
-  } else {
+  if (t.strip_rows == 0) {
     run_tile(groups, item, counts);
+  } else if (args.phase == Phase::count_strips) {
+    counts[1] = groups.count_alive(item.begin / t.strip_rows);
+  } else {
+    const int32_t count = groups.run_strip(item.begin / t.strip_rows);
+    if (counts != nullptr) counts[0] = count;
   }
   if (groups.stream) stream_fence();
 }

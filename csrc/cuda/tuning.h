@@ -33,7 +33,7 @@ constexpr int kMaxGrads = 1000;        // gradient pointers that travel as a ker
 inline Tuning cuda_tuning(int64_t element_bytes, int64_t state_bytes, int64_t shared_bytes) {
   const int64_t capacity = std::min(kMaxTileBytes, shared_bytes) / state_bytes;
   return {kChunk, kTile, kTile, kSegment / element_bytes, kLeastSegment / element_bytes, kMaxGroups,
-          kVector / element_bytes, capacity, std::min(kTile, capacity), kWorkers, /*strips=*/false};
+          kVector / element_bytes, capacity, std::min(kTile, capacity), kWorkers, /*strip_rows=*/1, /*strip_columns=*/0};
 }
 
 }  // namespace bregman

@@ -23,7 +23,7 @@ struct TensorRecord {
   GroupLayout layout;
   double weight;  // of each group
   int64_t first_number;  // where its numbers begin among those of the plan (`PlanView::numbers`)
-  int64_t strip_rows;    // rows of a strip, if it is visited in strips, or 0
+  int64_t strip_rows;    // of each strip but the last, if it is visited in strips, or 0
   // By r2, and for strided groups by r1 and by the columns of most tiles and of a slab's last.
   Divider by_row, by_inner, by_columns[2];
 };
@@ -69,7 +69,8 @@ struct Tuning {
   int64_t capacity;      // elements that fit on chip
   int64_t panel;         // elements to take at a time of a tile that does not; no more than `capacity`
   int64_t workers;       // that run side by side: such tiles are as wide as leaves work for all
-  bool strips;           // whether to visit in strips what no tile holds
+  int64_t strip_rows;    // what no tile holds is visited in strips of at least so many rows,
+  int64_t strip_columns; // where these are no longer than this
 };
 
 struct TensorSpec {
@@ -92,7 +93,7 @@ struct PlanView {
   BREGMAN_HD double* decays() const {
     return reinterpret_cast<double*>(const_cast<char*>(base) + header().decay_offset);
   }
-  // With a budget: one for each group. In strips: a sum for each column of each strip.
+  // With a budget: one for each group. In strips: a sum for each column of each strip, then the factor of each group.
   BREGMAN_HD double* numbers(const TensorRecord& record) const {
     return decays() + header().tensors + record.first_number;
   }
@@ -104,6 +105,8 @@ struct PlanView {
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline int64_t strips_of(const TensorRecord& record) { return ceil_div(record.layout.rows(), record.strip_rows); }
 
 // Groups per tile: enough to fill it and to read whole memory lines, never more than there are. `share` are the elements
 // of a plan for one worker.
@@ -126,15 +129,13 @@ inline int64_t groups_per_tile(const GroupLayout& layout, const Tuning& tuning, 
   return std::min(rounded(std::clamp<int64_t>(count, 1, tuning.max_groups)), layout.g2);
 }
 
-// Rows of a strip, or 0: strips are for tensors that are one slab of groups, too large for a tile. As large as a tile, and
-// few: each adds up the sums of all, at most a third of an addition per element.
+// Rows of a strip, or 0: strips are for tensors that are one slab of groups, too large for a tile. As large as a tile, if
+// that leaves enough rows for the sums of their columns to be few.
 inline int64_t rows_per_strip(const GroupLayout& layout, const Tuning& tuning) {
   const int64_t rows = layout.rows(), columns = layout.g2 * layout.r2;
-  if (!tuning.strips || rows == 1 || layout.g0 * layout.g1 > 1 || rows * columns <= tuning.strided_tile) return 0;
-  int64_t few = 1;
-  while (few * few < 3 * rows) ++few;
-  const int64_t count = std::max(few, ceil_div(tuning.strided_tile, columns));
-  return count < rows ? count : 0;
+  if (rows == 1 || layout.g0 * layout.g1 > 1 || columns > tuning.strip_columns) return 0;
+  const int64_t count = std::max(tuning.strip_rows, ceil_div(tuning.strided_tile, columns));
+  return rows * columns > tuning.strided_tile && count < rows ? count : 0;
 }
 
 inline void cut(const TensorSpec& spec, TensorRecord& record, int32_t index, const Tuning& tuning, PlanHeader& header,
@@ -146,12 +147,13 @@ inline void cut(const TensorSpec& spec, TensorRecord& record, int32_t index, con
     return;
   }
   const GroupLayout& layout = record.layout;
+  const int64_t step = groups_per_tile(layout, tuning, share), rest = layout.g2 % step;
   if (record.strip_rows) {
+    record.by_columns[0] = Divider::by(step * layout.r2);  // of tiles, for penalties that do without strips
     for (int64_t row = 0; row < layout.rows(); row += record.strip_rows)
       strips.push_back({row, int32_t(std::min(record.strip_rows, layout.rows() - row)), index});
     return;
   }
-  const int64_t step = groups_per_tile(layout, tuning, share), rest = layout.g2 % step;
   for (int64_t count : {step, rest}) {  // a slab's last tile may be held where others are not
     const int64_t size = count * layout.group_size();
     header.scratch_elements = std::max(header.scratch_elements, size <= tuning.capacity ? size : tuning.panel);
@@ -207,7 +209,7 @@ inline std::vector<char> make_plan(const std::vector<TensorSpec>& specs, int rul
     }
     if (record.numel && spec.group_dims >= 0 && !spec.budget) record.strip_rows = rows_per_strip(layout, tuning);
     record.first_number = numbers;
-    if (record.strip_rows) numbers += ceil_div(layout.rows(), record.strip_rows) * layout.g2 * layout.r2;
+    if (record.strip_rows) numbers += strips_of(record) * layout.g2 * layout.r2 + layout.g2;
     else if (spec.budget && record.numel) numbers += layout.groups();
     if (!spec.budget != !specs[0].budget) throw std::invalid_argument("all tensors share budgets, or none");
     cut(spec, record, int32_t(i), tuning, header, share, items, strips);

@@ -11,6 +11,7 @@ enum class Phase : int32_t {
   whole,  // of strips: advance the state, and leave the sums
   norms,  // advance the state, and leave the squared norm of each group in the plan
   scale,  // finish with the factor that stands there instead
+  sum_strips,  // turn the sums into the factor of each group
   finish_strips,
   count_strips,  // non-zero groups, once all strips are there
 };

@@ -7,13 +7,15 @@ namespace bregman {
 namespace {
 
 // A chunk of 16 K elements keeps its arrays in L2 and leaves enough items to share out. Rows of a strided tile are as long
-// as L2 allows, which holds what the second visit needs: all that the first one read, or with a dual that alone.
+// as L2 allows, which holds what the second visit needs: all that the first one read, or with a dual that alone. Larger
+// tensors are better visited in strips: whole rows come from memory at full speed, shorter ones at half of it, though the
+// second visit then reads memory, too (ResNet-18's input channels in LinBreg: 1.3 of the l1 step's time instead of 1.8).
 constexpr int64_t kTileBytes = 9 << 17;  // 32 groups of 9 columns of a 512-channel convolution, two arrays in fp32
 Tuning cpu_tuning(int64_t bytes_needed, bool strips) {
   constexpr int64_t kAll = int64_t(1) << 40;
   return {/*chunk=*/16384,       /*tile=*/16384,         /*strided_tile=*/kTileBytes / bytes_needed, /*min_segment=*/16,
           /*least_segment=*/16, /*max_groups=*/1 << 20, /*align=*/16, /*capacity=*/kAll, /*panel=*/kAll, /*workers=*/1,
-          strips};
+          /*strip_rows=*/32, /*strip_columns=*/strips ? 16384 : 0};
 }
 // Below this much work per thread, waking a thread costs more than it saves.
 constexpr int64_t kGrainElements = 16384;
@@ -45,7 +47,8 @@ void step_cpu(const Tensor, const Tensor device_plan, const Tensors grads, const
   auto visit = [&](Phase phase, int64_t first, int64_t last) {
     StepArgs part = args;
     part.phase = phase;
-    torch::stable::parallel_for(first, last, std::max<int64_t>(1, kGrainElements / per_item),
+    const int64_t grain = header.strips ? 1 : std::max<int64_t>(1, kGrainElements / per_item);
+    torch::stable::parallel_for(first, last, grain,
                                 [&](int64_t begin, int64_t end) {
                                   best_isa().run(plan, pointers.data(), part, out, begin, end);
                                 });

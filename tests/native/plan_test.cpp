@@ -31,9 +31,10 @@ void check_tensor(const PlanView& plan, int tensor, const TensorSpec& spec, cons
     if (record.strip_rows) {
       const GroupLayout& g = record.layout;
       const int64_t columns = g.g2 * g.r2, rows = g.rows();
-      CHECK(tuning.strips && spec.budget == 0 && g.g0 * g.g1 == 1 && rows * columns > tuning.strided_tile);
+      CHECK(columns <= tuning.strip_columns && spec.budget == 0 && g.g0 * g.g1 == 1 && rows * columns > tuning.strided_tile);
       CHECK(item.begin % record.strip_rows == 0 && item.count == std::min(record.strip_rows, rows - item.begin));
-      CHECK(record.strip_rows < rows && record.strip_rows * record.strip_rows >= 3 * rows);
+      CHECK(record.strip_rows < rows && record.strip_rows >= tuning.strip_rows);
+      CHECK((record.strip_rows - 1) * columns < std::max(tuning.strided_tile, tuning.strip_rows * columns));
       for (int64_t e = item.begin * columns; e < (item.begin + item.count) * columns; ++e) ++seen.at(e);
       for (int64_t e = 0; e < columns; ++e)  // rows are whole, and alike
         CHECK(oracle.at(item.begin * columns + e) == oracle.at(e));
@@ -83,7 +84,7 @@ void check_numbers(const PlanView& plan, const std::vector<TensorSpec>& specs) {
     if (record.strip_rows) {
       const int64_t count = ceil_div(g.rows(), record.strip_rows);
       strips += count;
-      numbers += count * g.g2 * g.r2;
+      numbers += count * g.g2 * g.r2 + g.g2;
     }
     if (specs[t].budget == 0) continue;
     budget += specs[t].budget > 0;

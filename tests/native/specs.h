@@ -60,7 +60,8 @@ inline Tuning random_tuning() {
   tuning.capacity = pick({64, 512, 1 << 20});
   tuning.panel = std::min<int64_t>(tuning.capacity, pick({64, 256}));
   tuning.workers = pick({1, 4, 400});
-  tuning.strips = g_random() % 2;
+  tuning.strip_rows = pick({1, 2, 7});
+  tuning.strip_columns = pick({0, 16, 1 << 20});
   return tuning;
 }
 
