@@ -159,6 +159,14 @@ inline void stream_copy(void* to, const void* from, int64_t bytes) {
   while (done + 16 <= bytes && reinterpret_cast<uintptr_t>(target + done) % 64) copy_16();
   for (; done + 64 <= bytes; done += 64)
     _mm512_stream_si512(reinterpret_cast<__m512i*>(target + done), _mm512_loadu_si512(source + done));
+#elif defined(BREGMAN_FMA)
+  auto copy_32 = [&] {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(target + done),
+                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + done)));
+    done += 32;
+  };
+  while (done + 16 <= bytes && reinterpret_cast<uintptr_t>(target + done) % 64) copy_16();
+  while (done + 64 <= bytes) copy_32(), copy_32();
 #endif
   while (done + 16 <= bytes) copy_16();
 #endif
