@@ -214,8 +214,9 @@ struct TileOf {
   Scratch& scratch = thread_scratch();
 
   TileOf(const TensorRecord& record, const void* grad, const StepArgs& args, int64_t strip = 0)
-      : t(record), k(Scalars<Rule, C>::from(args.scalars, args.elementwise, args.radial)), a(record, grad), row(t.layout.r2), rows(strip ? strip : t.layout.rows()),
-        inner(strip ? strip : t.layout.r1), row_stride(t.layout.g2 * row), r0_stride(t.layout.g1 * inner * row_stride) {}
+      : t(record), k(Scalars<Rule, C>::from(args.scalars, args.elementwise, args.radial)), a(record, grad),
+        row(t.layout.r2), rows(strip ? strip : t.layout.rows()), inner(strip ? strip : t.layout.r1),
+        row_stride(t.layout.g2 * row), r0_stride(t.layout.g1 * inner * row_stride) {}
 
   int64_t offset(int64_t base, int64_t r) const { return all_rows().at(base, r); }
   Rows all_rows() const { return {rows / inner, inner, r0_stride, row_stride}; }
@@ -355,7 +356,8 @@ struct Groups : TileOf<Rule, T> {
       double* sums = scratch.template get<double>(0, columns);
       double* totals = scratch.template get<double>(1, count);
       for (int64_t j = 0; j < part.count * row; ++j) sums[j] = 0;
-      for (int64_t s = 0; s < strips_of(t); ++s) add_numbers(values + s * columns + part.begin * row, part.count * row, sums);
+      for (int64_t s = 0; s < strips_of(t); ++s)
+        add_numbers(values + s * columns + part.begin * row, part.count * row, sums);
       sum_rows(sums, row, part.count, totals);
       radial_factors(totals, part.count, scale, k.radial, factor);
       for (int64_t m = 0; m < part.count; ++m) factors[part.begin + m] = double(factor[m]);
@@ -376,10 +378,10 @@ struct Groups : TileOf<Rule, T> {
     for (int64_t m = 0; m < part.count; ++m)
       left += zero[m] = Rule::kReadsParam || factors[part.begin + m] != 0;
     for (int64_t r = 0; r < t.layout.rows() && alive < left; ++r) {
-      const T* values = a.param + r * row_stride + part.begin * row;
+      const T* cells = a.param + r * row_stride + part.begin * row;
       for (int64_t m = 0; m < part.count; ++m)
         for (int64_t c = 0; c < row && zero[m]; ++c)
-          if (nonzero(values[m * row + c])) zero[m] = 0, ++alive;
+          if (nonzero(cells[m * row + c])) zero[m] = 0, ++alive;
     }
     return int32_t(alive);
   }

@@ -48,10 +48,9 @@ void step_cpu(const Tensor, const Tensor device_plan, const Tensors grads, const
     StepArgs part = args;
     part.phase = phase;
     const int64_t grain = header.strips ? 1 : std::max<int64_t>(1, kGrainElements / per_item);
-    torch::stable::parallel_for(first, last, grain,
-                                [&](int64_t begin, int64_t end) {
-                                  best_isa().run(plan, pointers.data(), part, out, begin, end);
-                                });
+    torch::stable::parallel_for(first, last, grain, [&](int64_t begin, int64_t end) {
+      best_isa().run(plan, pointers.data(), part, out, begin, end);
+    });
   };
   all_visits(plan, out != nullptr, visit, [](int64_t count, auto f) {
     torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {

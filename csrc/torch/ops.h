@@ -28,7 +28,8 @@ using Tensors = std::vector<Tensor>;
 //
 // `step` writes parameters and state through the addresses in the plan, as naming them would cost a list entry each at
 // every step. In its schema the plan's copy on the device stands for them; it is itself written where groups share
-// budgets, and on the CPU where large tensors are visited in strips. Compiled steps call `fused_step_` (bregman_cuda/optim/_traced.py), which names them all.
+// budgets, and on the CPU where large tensors are visited in strips. Compiled steps call `fused_step_`
+// (bregman_cuda/optim/_traced.py), which names them all.
 //
 // The scalars are numbers, or, when these are none, the float64 tensor `live` on the parameters' device, which kernels
 // read when they run: in a captured graph, at every replay.
