@@ -51,7 +51,6 @@ class Driver:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device (skipped where there is none)")
     config.addinivalue_line("markers", "slow: takes more than ten seconds")
-    config.addinivalue_line("markers", "xdist_group: tests of one worker, as they share what takes long to make")
 
 
 def missing(what: str) -> None:

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT / "build_backend"))
 from native_build import CUDA_SOURCES, CXX_FLAGS, CXX_OPTIONAL, NVCC_FLAGS  # noqa: E402
 from toolchain import Missing, find_cxx, find_nvcc, gencode_flags  # noqa: E402
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("gates")]
+pytestmark = pytest.mark.slow
 
 ARCHS = ("8.0", "9.0")
 REGISTERS = ROOT / "tests/gates/registers.txt"

@@ -18,7 +18,7 @@ import bregman_cuda
 from bregman_cuda import L1, AdaBreg, GroupLasso
 
 ROOT = Path(__file__).resolve().parents[1]
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.slow
 
 
 def run_ranks(role: str, world: int, folder: Path, *sources: Path) -> None:
