@@ -118,16 +118,24 @@ class NonnegGroups(GroupLasso):
 
     elementwise = property(lambda self: NonnegL1(self.lam))
 
+    @staticmethod
+    def example() -> GroupLasso:
+        return NonnegGroups(0.3, "in")
+
 
 @pytest.mark.parametrize("kernel_driver", ["cpu"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("reg", ["group_in", "sparse_group_in", "group_l_half", NonnegGroups])
-@pytest.mark.parametrize("rule", ["linbreg", "linbreg_torch", "adabreg", "rmda"])
-def test_strips(kernel_driver, rule, reg, dtype):
+@pytest.mark.parametrize(
+    ("rule", "make"),
+    [
+        (rule, make)
+        for rule in ("linbreg", "linbreg_torch", "adabreg", "proxsgd_momentum", "rmda", "splitlbi")
+        for make in (registry.REGULARIZERS["group_in"], registry.REGULARIZERS["sparse_group_in"], NonnegGroups.example)
+    ]
+    + [(rule, registry.REGULARIZERS["group_l_half"]) for rule in ("proxsgd_momentum", "rmda")],  # not for a dual
+)
+def test_strips(kernel_driver, rule, make, dtype):
     """Groups that run through all rows of a large tensor: what follows from sums of strips of rows."""
-    make = registry.REGULARIZERS[reg] if isinstance(reg, str) else lambda: reg(0.3, "in")
-    if isinstance(reg, str) and not registry.takes(rule, reg):
-        pytest.skip("a dual asks for a convex penalty")
     shapes = [(611, 307), (9, 5), (130, 40, 6, 6), (2050, 96), (200, 5, 160)]
     problem = Problem(rule, make, dtype, shapes, ["contiguous", "contiguous", "channels_last"], masked=True)
     optimizer = check(problem, kernel_driver).optimizer
