@@ -33,7 +33,11 @@ hypothesis.settings.register_profile(
     "suite",
     deadline=None,
     derandomize="BREGMAN_TEST_EXAMPLES" not in os.environ,
-    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
+    suppress_health_check=[
+        hypothesis.HealthCheck.too_slow,
+        hypothesis.HealthCheck.data_too_large,
+        hypothesis.HealthCheck.function_scoped_fixture,  # the driver is the same for all examples
+    ],
 )
 hypothesis.settings.load_profile("suite")
 
@@ -104,20 +108,22 @@ def _build(compiler: list[str], sources: list[Path], library: Path) -> None:
         os.replace(f"{folder}/library.so", library)
 
 
+LOAD = _backend._load
+
+
 def _driver(request: pytest.FixtureRequest) -> Iterator[Driver]:
     with pytest.MonkeyPatch.context() as patch:
-        if request.param == "cpu" and _backend._load("cpu")[0] is None:
-            missing(f"the CPU kernels are missing: {_backend._load('cpu')[1]}")
+        if request.param == "cpu" and LOAD("cpu")[0] is None:
+            missing(f"the CPU kernels are missing: {LOAD('cpu')[1]}")
         if request.param == "emulated":
             kernels = request.getfixturevalue("emulated_kernels")
-            real = _backend._load
-            patch.setattr(_backend, "_load", lambda device: (kernels, "") if device == "cpu" else real(device))
+            patch.setattr(_backend, "_load", lambda device: (kernels, "") if device == "cpu" else LOAD(device))
         yield Driver(request.param, fused=request.param != "reference")
 
 
-# Module scope: hypothesis runs many examples in one test, and the patch holds no state between them.
-driver = pytest.fixture(scope="module", params=["reference", "cpu", "emulated"], name="driver")(_driver)
-kernel_driver = pytest.fixture(scope="module", params=["cpu", "emulated"], name="kernel_driver")(_driver)
+# For one test: of a longer life, one driver could hide the other.
+driver = pytest.fixture(params=["reference", "cpu", "emulated"], name="driver")(_driver)
+kernel_driver = pytest.fixture(params=["cpu", "emulated"], name="kernel_driver")(_driver)
 
 
 @pytest.fixture(scope="module")
