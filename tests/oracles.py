@@ -42,7 +42,7 @@ def least_objective(phi: Callable[[float], float], x: float, step: float) -> flo
     at = [math.inf, *map(objective, grid), math.inf]
     least = min(at)
     for i in range(len(grid)):
-        if not at[i] >= at[i + 1] <= at[i + 2]:
+        if at[i + 1] == math.inf or not at[i] >= at[i + 1] <= at[i + 2]:
             continue
         low, high = grid[max(i - 1, 0)], grid[min(i + 1, len(grid) - 1)]
         for _ in range(80):

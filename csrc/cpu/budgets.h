@@ -23,9 +23,18 @@ inline void share_budget(const PlanView& plan, const Budget& budget) {
   for_groups([&](double& value, double decay) { value = envelope_factor(value, decay, share(value, decay, eta)); });
 }
 
+// Where strips end that take all their visits before the next do: `least` of them or more, of whole tensors.
+inline int64_t end_of_strips(const PlanView& plan, int64_t begin, int64_t least) {
+  const Item* items = plan.items();
+  int64_t end = begin + 1;
+  while (end < plan.header().items && (end - begin < least || items[end].tensor == items[end - 1].tensor)) ++end;
+  return end;
+}
+
 // visit(phase, begin, end) takes items, all at once and of about one size; share(count, f) calls f(i) for all i below count.
+// So many strips, or more, take all their visits before the next ones do.
 template <class Visit, class Share>
-void all_visits(const PlanView& plan, bool counting, Visit visit, Share share) {
+void all_visits(const PlanView& plan, bool counting, int64_t together, Visit visit, Share share) {
   const PlanHeader& header = plan.header();
   if (header.budgets) {
     visit(Phase::norms, 0, header.items);
@@ -33,11 +42,13 @@ void all_visits(const PlanView& plan, bool counting, Visit visit, Share share) {
     visit(Phase::scale, 0, header.items);
     return;
   }
-  const int64_t strips = header.items - header.strips;
-  if (strips > 0) visit(Phase::whole, 0, strips);
-  if (strips == header.items) return;
-  for (Phase phase : {Phase::whole, Phase::sum_strips, Phase::finish_strips}) visit(phase, strips, header.items);
-  if (counting) visit(Phase::count_strips, strips, header.items);
+  int64_t begin = header.items - header.strips;
+  if (begin > 0) visit(Phase::whole, 0, begin);
+  for (int64_t end = begin; begin < header.items; begin = end) {
+    end = end_of_strips(plan, begin, together);
+    for (Phase phase : {Phase::whole, Phase::sum_strips, Phase::finish_strips}) visit(phase, begin, end);
+    if (counting) visit(Phase::count_strips, begin, end);
+  }
 }
 
 }  // namespace bregman

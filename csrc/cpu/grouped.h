@@ -65,24 +65,40 @@ BREGMAN_HD void fetch(const Arrays<Rule, T>& a, int64_t begin, int64_t n) {
   }
 }
 
-// First visit of rows of n columns, each of which has a sum of its own.
-template <class Rule, class Elementwise, class T, bool kMasked>
-BREGMAN_LOOP void advance_columns(const Arrays<Rule, T> a, int64_t base, const Rows rows, int64_t n,
-                                  const Scalars<Rule, compute_t<T>> k, double* __restrict__ sums,
-                                  const flag_t<compute_t<T>>* keep) {
+// First visit of kRows rows of n columns, each of which has a sum of its own.
+template <int kRows, class Rule, class Elementwise, class T, bool kMasked>
+BREGMAN_LOOP void advance_rows(const Arrays<Rule, T> a, int64_t begin, int64_t stride, int64_t n,
+                               const Scalars<Rule, compute_t<T>> k, double* __restrict__ sums,
+                               const flag_t<compute_t<T>>* keep) {
   using C = compute_t<T>;
-  constexpr int64_t kAhead = 512;  // elements
-  const int64_t ahead = rows.inner_stride == n ? rows.inner : ceil_div(kAhead, n);  // whole rows are one long run
-  for (int64_t outer = 0; outer < rows.outer; ++outer)
-    for (int64_t inner = 0; inner < rows.inner; ++inner) {
-      const int64_t begin = base + outer * rows.outer_stride + inner * rows.inner_stride;
-      if (inner + ahead < rows.inner) fetch(a, begin + ahead * rows.inner_stride, n);
 #pragma GCC ivdep
-      for (int64_t j = 0; j < n; ++j) {
-        C s[kMaxSlots];
-        sums[j] = add_square(sums[j], prox_point<true, Rule, Elementwise, T, C, kMasked>(a, begin + j, k, s, keep, j));
-      }
+  for (int64_t j = 0; j < n; ++j) {
+    double sum = sums[j];
+    for (int r = 0; r < kRows; ++r) {
+      C s[kMaxSlots];
+      sum = add_square(sum, prox_point<true, Rule, Elementwise, T, C, kMasked>(a, begin + r * stride + j, k, s, keep, j));
     }
+    sums[j] = sum;
+  }
+}
+
+template <class Rule, class Elementwise, class T, bool kMasked>
+void advance_columns(const Arrays<Rule, T>& a, int64_t base, const Rows& rows, int64_t n,
+                     const Scalars<Rule, compute_t<T>>& k, double* sums, const flag_t<compute_t<T>>* keep) {
+  constexpr int64_t kAhead = 512;  // elements
+  constexpr int64_t kSide = 4;     // rows, as long as that makes few enough streams for the processor to foresee
+  const bool whole = rows.inner_stride == n;  // one long run, whose sums do not fit in L1
+  const int64_t ahead = ceil_div(kAhead, n);
+  for (int64_t outer = 0; outer < rows.outer; ++outer) {
+    int64_t inner = 0, begin = base + outer * rows.outer_stride;
+    if constexpr (!kMasked && Rule::kReadsParam + Rule::kStateSlots == 1)
+      for (; whole && inner + kSide <= rows.inner; inner += kSide, begin += kSide * n)
+        advance_rows<kSide, Rule, Elementwise, T, false>(a, begin, n, n, k, sums, keep);
+    for (; inner < rows.inner; ++inner, begin += rows.inner_stride) {
+      if (!whole && inner + ahead < rows.inner) fetch(a, begin + ahead * rows.inner_stride, n);
+      advance_rows<1, Rule, Elementwise, T, kMasked>(a, begin, 0, n, k, sums, keep);
+    }
+  }
 }
 
 // Second visit of one element: shrink by the group's factor, finish, and store in `to`; whether it is non-zero.
