@@ -304,7 +304,7 @@ def nan_like(p: torch.Tensor) -> torch.Tensor:
 def test_a_bad_gradient_in_the_last_group_changes_nothing_in_the_first(driver, warm, bad, error, message):
     params = model([(4, 3), (5,), (6, 2)])
     groups = [{"params": [("w", params[0]), ("b", params[1])], "reg": L1(0.1)}, {"params": [("emb", params[2])]}]
-    optimizer = LinBreg(groups, fused=driver.fused, check_finite=True)
+    optimizer = LinBreg(groups, fused=driver.fused, check_finite=bad is nan_like)
     if warm:
         train(optimizer, params, 2)
     set_grads(params, 7)
@@ -323,6 +323,35 @@ def test_a_bad_gradient_in_the_last_group_changes_nothing_in_the_first(driver, w
     set_grads(twins, 7)
     twin.step()
     assert all(map(torch.equal, params, twins))
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["first step", "later step"])
+def test_a_sparse_gradient_in_a_group_of_its_own_changes_nothing(driver, warm):
+    """torch refuses it to the op, where it is the only one."""
+    params = model([(4, 3), (6, 2)])
+    optimizer = AdaBreg([("w", params[0]), ("emb", params[1])], reg=L1(0.1), fused=driver.fused)
+    if warm:
+        train(optimizer, params, 2)
+    set_grads(params, 7)
+    params[1].grad = sparse_like(params[1])
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match="AdaBreg does not support sparse gradients: parameter 'emb'"):
+        optimizer.step()
+    assert_unchanged(optimizer, before)
+
+
+@pytest.mark.parametrize(("name", "change"), [
+    ("lr", lambda value: value.neg_()), ("betas", lambda value: value.__setitem__(1, 1.5)),
+])  # fmt: skip
+def test_an_option_that_changes_in_place_is_seen(driver, name, change):
+    params, options = model(), {"lr": torch.tensor(0.1), "betas": [0.9, 0.99]}
+    optimizer = AdaBreg([{"params": params, name: options[name]}], fused=driver.fused)
+    train(optimizer, params, 3)
+    change(optimizer.param_groups[0][name])
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=rf"AdaBreg: {name}.* must be .* got (-0.1|1.5)"):
+        train(optimizer, params, 1)
+    assert_unchanged(optimizer, before)
 
 
 def test_infinity_is_not_finite_and_without_the_check_it_goes_through(driver):

@@ -33,6 +33,8 @@ from ._traced import traced_step
 
 # What looks like an option, and is none.
 _OF_REGULARIZERS = dict.fromkeys(("lam", "lamda", "lambda", "regularizer"), "'reg', such as reg=L1(lam=0.1),")
+# Values that nobody can change in place.
+_FIXED = (int, float, str, tuple, type(None))
 # Without a Python call per tensor.
 _layout, _dtype = operator.attrgetter("layout"), operator.attrgetter("dtype")
 
@@ -144,6 +146,17 @@ class SparseOptimizer(torch.optim.Optimizer):
             if group["capturable"]:
                 raise ValueError(f"{skipping}which their count decides on the host: set capturable=False, or every=1")
 
+    def _check_changed_options(self, number: int, group: dict[str, Any]) -> None:
+        """`_check_options`, unless all values are the very objects that passed it before and none can change itself."""
+        now = [*group.values(), *getattr(group["reg"], "__dict__", {}).values()]
+        known = self._checked.get(number, ())
+        if len(now) == len(known) and all(map(operator.is_, now, known)):
+            return
+        self._check_options(group)
+        others = [value for name, value in group.items() if name not in ("params", "param_names", "reg")]
+        fixed = all(isinstance(value, _FIXED) for value in [*others, *now[len(group) :]])
+        self._checked[number] = now if fixed else ()
+
     def _check(self, group: dict[str, Any]) -> None:
         self._check_options(group)
         owner, reg = type(self).__name__, group["reg"]
@@ -254,14 +267,18 @@ class SparseOptimizer(torch.optim.Optimizer):
                 return False
             found_inf = None
         ready = self._ready()
-        if sum(len(plan.buckets) for plan, _, _ in ready) > 1:  # a single bucket checks before it changes anything
+        if len(ready) > 1 or not all(plan.checks_first() for plan, _, _ in ready):
             self._check_against_params(ready)
         if self._sharded:
             from . import _collective
 
             places = _collective.places(self)
         for plan, group, grads in ready:
-            plan.run(group, grads, Amp(-1.0 if group["maximize"] else 1.0, grad_scale, found_inf))
+            try:
+                plan.run(group, grads, Amp(-1.0 if group["maximize"] else 1.0, grad_scale, found_inf))
+            except NotImplementedError:  # torch has no op for such tensors
+                self._refuse_sparse(group, plan.active, grads)
+                raise
         if self._sharded:
             _collective.finish([plan for plan, _, _ in ready], places)
         if capturing:  # the graph reads their memory for as long as it lives
@@ -291,31 +308,36 @@ class SparseOptimizer(torch.optim.Optimizer):
                 active: Any = range(len(params))
             else:
                 active = tuple(i for i, p in enumerate(params) if p.grad is not None)
-            self._check_options(group)  # they may have changed since the last step
-            self._check_grads(group, active, grads)
+            self._check_changed_options(number, group)
+            if group["check_finite"]:
+                self._check_finite(group, active, grads)
             if self._sharded:
+                self._refuse_sparse(group, active, grads)
                 grads = local_grads([params[i] for i in active], grads)
-            ready.append((self._plan(number, group, active), group, grads))
+            ready.append((self._plan(number, group, active, grads), group, grads))
         return ready
 
-    def _check_grads(self, group: dict[str, Any], active: Any, grads: list[Tensor]) -> None:
+    def _refuse_sparse(self, group: dict[str, Any], active: Any, grads: list[Tensor]) -> None:
         if set(map(_layout, grads)) != {torch.strided}:
             index = next(i for i, grad in zip(active, grads) if grad.layout is not torch.strided)
             raise RuntimeError(
                 f"{type(self).__name__} does not support sparse gradients: {self._describe(group, index)}; "
                 "use sparse=False in its embedding, or another optimizer for it"
             )
-        if group["check_finite"]:
-            finite = [bool(torch.isfinite(local(grad)).all()) for grad in grads]
-            if self._sharded:
-                finite = on_all_ranks(finite, group["params"])
-            if not all(finite):
-                name = self._describe(group, active[finite.index(False)])
-                raise FloatingPointError(f"the gradient of {name} has NaN or Inf; nothing was changed")
+
+    def _check_finite(self, group: dict[str, Any], active: Any, grads: list[Tensor]) -> None:
+        self._refuse_sparse(group, active, grads)
+        finite = [bool(torch.isfinite(local(grad)).all()) for grad in grads]
+        if self._sharded:
+            finite = on_all_ranks(finite, group["params"])
+        if not all(finite):
+            name = self._describe(group, active[finite.index(False)])
+            raise FloatingPointError(f"the gradient of {name} has NaN or Inf; nothing was changed")
 
     def _check_against_params(self, ready: list[tuple[GroupPlan, dict[str, Any], list[Tensor]]]) -> None:
         """torch lets nobody assign a gradient of another shape: a plan's first step looks at shapes, ops always do."""
-        for plan, _, grads in ready:
+        for plan, group, grads in ready:
+            self._refuse_sparse(group, plan.active, grads)
             for bucket in plan.buckets:
                 own = bucket.of(grads)
                 if plan.fits and set(map(_dtype, own)) == {bucket.dtype}:
@@ -328,7 +350,7 @@ class SparseOptimizer(torch.optim.Optimizer):
                         )
             plan.fits = True
 
-    def _plan(self, number: int, group: dict[str, Any], active: Any) -> GroupPlan:
+    def _plan(self, number: int, group: dict[str, Any], active: Any, grads: list[Tensor]) -> GroupPlan:
         """The group's plan; built anew when anything but gradients and scalars changed."""
         reg, params = group["reg"], group["params"]
         kind = (type(reg), *(getattr(reg, name, None) for name in ("groups", "weight", "k", "scope")))
@@ -343,6 +365,7 @@ class SparseOptimizer(torch.optim.Optimizer):
                 "captured in a CUDA graph: take a step with them outside of it first"
             )
         self._check(group)
+        self._refuse_sparse(group, active, grads)
         plan = GroupPlan(self, group, active)
         self._plans[number] = (key, plan)
         return plan
@@ -445,6 +468,7 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     def _forget_plans(self) -> None:
         self._plans = {}
+        self._checked: dict[int, Any] = {}  # values of a group and its regularizer that passed
         self._captured = vars(self).get("_captured", [])
         self._cut: tuple[Any, list[Any]] | None = None  # of _collective
         self._sharded = any(map(is_sharded, self._params()))

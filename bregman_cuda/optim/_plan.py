@@ -307,6 +307,7 @@ class GroupPlan:
     def __init__(self, optimizer: SparseOptimizer, group: dict[str, Any], active: Sequence[int]):
         rule, reg = optimizer._rule(group), group["reg"]
         params: list[Tensor] = group["params"]
+        self.active = active
         self.pointers = pointers([params[i] for i in active], optimizer._sharded)
         self.buckets: list[Bucket] = []
         self.fits = False  # whether gradients were compared with the parameters
@@ -342,6 +343,11 @@ class GroupPlan:
                 self.buckets.append(ReferenceBucket(rule, chosen, states, positions, live))
             else:
                 self.buckets.append(FusedBucket(kernels, reg, rule, chosen, states, positions, live))
+
+    def checks_first(self) -> bool:
+        """Whether its step looks at all gradients before it changes anything: there is one op, and torch runs it for
+        strided tensors alone."""
+        return len(self.buckets) == 1 and isinstance(self.buckets[0], FusedBucket)
 
     def is_current(self, state: dict[Any, Any]) -> bool:
         """See `Bucket.is_current`; and whether the optimizer still has the states of its first and last tensor, which
