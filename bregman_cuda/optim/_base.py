@@ -2,39 +2,30 @@
 
 from __future__ import annotations
 
-import difflib
 import operator
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 
 from ..reference import state_dtype
 from ..regularizers import Regularizer
-from ..regularizers._base import check_number
 from . import _checkpoint, _masks
-from ._plan import Amp, Bucket, GroupPlan, check_together, counter_values, pointers, slots_of
+from ._checks import check_changed_options, check_options, check_params, warn_of_misspelt
+from ._plan import Amp, Bucket, GroupPlan, counter_values, pointers, slots_of
 from ._rule import COUNTERS, Rule
 from ._shards import (
     found_inf_anywhere,
     initial_values,
-    is_elsewhere,
     is_sharded,
     local,
     local_grads,
     mask_as,
     on_all_ranks,
-    why_refused,
 )
 from ._traced import traced_step
 
-# What looks like an option, and is none.
-_OF_REGULARIZERS = dict.fromkeys(("lam", "lamda", "lambda", "regularizer"), "'reg', such as reg=L1(lam=0.1),")
-# Values that nobody can change in place.
-_FIXED = (int, float, str, tuple, type(None))
 # Without a Python call per tensor.
 _layout, _dtype = operator.attrgetter("layout"), operator.attrgetter("dtype")
 
@@ -94,7 +85,7 @@ class SparseOptimizer(torch.optim.Optimizer):
                 keep their own in a group.
         """
         if isinstance(param_group, dict):  # torch refuses others
-            self._warn_of_misspelt(param_group)
+            warn_of_misspelt(self, param_group)
         before = len(self.param_groups)
         super().add_param_group(param_group)
         try:
@@ -104,105 +95,9 @@ class SparseOptimizer(torch.optim.Optimizer):
             raise
         self._forget_plans()
 
-    def _warn_of_misspelt(self, param_group: dict[str, Any]) -> None:
-        meant = {name: repr(name) for name in (*self.defaults, "params")} | _OF_REGULARIZERS
-        for name in param_group:
-            known = name in self.defaults or name in ("params", "param_names", *_checkpoint.FOREIGN)
-            likely = [] if known or not isinstance(name, str) else difflib.get_close_matches(name, meant, 1, 0.8)
-            if likely:
-                warnings.warn(
-                    f"{type(self).__name__} has no option {name!r}: that entry of a parameter group does nothing. "
-                    f"Is {meant[likely[0]]} meant?",
-                    stacklevel=3,
-                )
-
-    def _check_options(self, group: dict[str, Any]) -> None:
-        owner, reg = type(self).__name__, group["reg"]
-        _checkpoint.plain_options(group, getattr(self, "defaults", group))  # torch sets them after the first check
-        for flag in ("maximize", "count_nonzeros", "check_finite", "capturable"):
-            if group[flag] not in (True, False):
-                raise ValueError(f"{owner}: {flag} must be True or False, got {group[flag]!r}")
-            group[flag] = bool(group[flag])
-        check_lr(owner, group["lr"], group["capturable"])
-        if reg is not None and not isinstance(reg, Regularizer):
-            raise TypeError(f"{owner}: reg must be None or a regularizer such as bregman_cuda.L1(lam=0.1), got {reg!r}")
-        if reg is not None:
-            reg.check_tensors()
-        if reg is not None and -1 in reg.budgets(2) and not self.joint:
-            raise ValueError(
-                f"{owner}: reg must have one k per tensor (scope='tensor') here; ProxSGD and HSPG share it, got {reg!r}"
-            )
-        if group["fused"] not in (None, True, False):
-            raise ValueError(f"{owner}: fused must be True, False or None, got {group['fused']!r}")
-        if group["fused"] is not None:
-            group["fused"] = bool(group["fused"])
-        if group["capturable"] and group["check_finite"]:
-            raise ValueError(f"{owner}: check_finite reads gradients on the host, so that capturable must be False")
-        self._check_group(group)
-        if reg is not None and reg.every > 1:
-            skipping = f"{owner}: {type(reg).__name__}(every={reg.every}) leaves steps without a prox, "
-            if not self._rule(group).skips_prox:
-                raise ValueError(f"{skipping}and only ProxSGD's later ones make up for it: use that, or every=1")
-            if group["capturable"]:
-                raise ValueError(f"{skipping}which their count decides on the host: set capturable=False, or every=1")
-
-    def _check_changed_options(self, number: int, group: dict[str, Any]) -> None:
-        """`_check_options`, unless all values are the very objects that passed it before and none can change itself."""
-        now = [*group.values(), *getattr(group["reg"], "__dict__", {}).values()]
-        known = self._checked.get(number, ())
-        if len(now) == len(known) and all(map(operator.is_, now, known)):
-            return
-        self._check_options(group)
-        others = [value for name, value in group.items() if name not in ("params", "param_names", "reg")]
-        fixed = all(isinstance(value, _FIXED) for value in [*others, *now[len(group) :]])
-        self._checked[number] = now if fixed else ()
-
     def _check(self, group: dict[str, Any]) -> None:
-        self._check_options(group)
-        owner, reg = type(self).__name__, group["reg"]
-        if reg is not None and self._rule(group).metric and (why := reg.why_not_weighted()):
-            raise ValueError(f"{owner}: every weight has a step size of its own here, and {why}")
-        for index, param in enumerate(group["params"]):
-            if is_lazy(param):
-                raise ValueError(
-                    f"{owner}: parameter {index} has no shape yet (a lazy layer); run a batch through the model first"
-                )
-            if not param.is_floating_point():
-                raise TypeError(
-                    f"{owner}: {self._describe(group, index)} has dtype {param.dtype}; "
-                    "only real floating-point parameters can be trained"
-                )
-            if param.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-                raise TypeError(
-                    f"{owner}: {self._describe(group, index)} has unsupported dtype {param.dtype}; "
-                    "train it in float32, float64, bfloat16 or float16"
-                )
-            if param.layout is not torch.strided:
-                raise TypeError(
-                    f"{owner}: {self._describe(group, index)} has layout {param.layout}; "
-                    "train a dense one: to_dense() before it becomes a parameter"
-                )
-            if _masks.overlaps_itself(local(param)):
-                raise ValueError(
-                    f"{owner}: {self._describe(group, index)} has elements that share memory (strides "
-                    f"{tuple(param.stride())}, as expand() makes), so that no step can set each; clone() it before it "
-                    "becomes a parameter"
-                )
-            if reg is not None:
-                try:
-                    reg.groups_of(param.shape)
-                except ValueError as error:
-                    raise ValueError(f"{owner}: {self._describe(group, index)}: {error}") from None
-            if why := why_refused(param, reg, self._rule(group), group["capturable"]):
-                raise NotImplementedError(f"{owner}: {self._describe(group, index)}: {why}")
-        if reg is not None:
-            try:
-                reg.fits_together([param.shape for param in group["params"]])
-                check_together(
-                    reg, group["params"], len({(p.dtype, p.device, is_elsewhere(p)) for p in group["params"]})
-                )
-            except ValueError as error:
-                raise ValueError(f"{owner}: {error}") from None
+        check_options(self, group)
+        check_params(self, group)
 
     def _describe(self, group: dict[str, Any], index: int) -> str:
         names = group.get("param_names")
@@ -289,7 +184,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         """Whether this first step has lr = 0 and zero gradients: torch.distributed.checkpoint makes one to create the
         state that it then loads. Parameters stay as they are; prox(delta * dual) would round them."""
         for group in self.param_groups:
-            self._check_options(group)
+            check_options(self, group)
         if any(float(group["lr"]) != 0 for group in self.param_groups):
             return False
         grads = [local(p.grad) for p in self._params()]
@@ -308,7 +203,7 @@ class SparseOptimizer(torch.optim.Optimizer):
                 active: Any = range(len(params))
             else:
                 active = tuple(i for i, p in enumerate(params) if p.grad is not None)
-            self._check_changed_options(number, group)
+            check_changed_options(self, number, group)
             if group["check_finite"]:
                 self._check_finite(group, active, grads)
             if self._sharded:
@@ -549,17 +444,6 @@ class SparseOptimizer(torch.optim.Optimizer):
 def is_capturing() -> bool:
     """Whether the current CUDA stream is being captured in a graph."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-
-
-def check_lr(owner: str, lr: Any, capturable: bool = False) -> None:
-    """A step size is a finite number >= 0, or a one-element tensor."""
-    if torch.is_tensor(lr):
-        if lr.numel() != 1:
-            raise ValueError(f"{owner}: a tensor lr must have one element, got shape {tuple(lr.shape)}")
-        if lr.device.type != "cpu" or capturable:
-            return  # reading it would synchronise
-        lr = lr.item()
-    check_number(owner, "lr", lr)
 
 
 def _strides(param: Tensor) -> tuple[int, ...]:
