@@ -43,6 +43,7 @@ def test_the_bound_with_momentum(h, mu, outside, inside):
     [(0.0, False, "outside"), (0.9, False, "outside"), (0.9, False, "inside"), (0.6, True, "outside")],
 )
 @pytest.mark.parametrize("mu", [1.0, 20.0])
+@pytest.mark.parametrize("driver", ["reference", "cpu"], indirect=True)  # thousands of steps
 def test_it_converges_below_the_bound_and_diverges_above(driver, mu, momentum, nesterov, coupling):
     options = dict(momentum=momentum, nesterov=nesterov, coupling=coupling)
     for factor in (0.99, 1.03):
