@@ -335,7 +335,7 @@ struct Groups : TileOf<Rule, T> {
   int32_t run_columns(int64_t base, int64_t first, int64_t count, int32_t* alive) const {
     const int64_t columns = count * row;
     C* factor = scratch.template get<C>(2, count);
-    C* spread_factor = scratch.template get<C>(3, columns + kSpread);
+    C* spread_factor = row == 1 ? factor : scratch.template get<C>(3, columns + kSpread);
     if (phase == Phase::scale) {
       for (int64_t m = 0; m < count; ++m) factor[m] = C(values[first + m]);
     } else {
@@ -347,7 +347,7 @@ struct Groups : TileOf<Rule, T> {
       if (phase == Phase::norms) return 0;
       radial_factors(totals, count, scale, k.radial, factor);
     }
-    spread(factor, row, count, spread_factor);
+    if (row > 1) spread(factor, row, count, spread_factor);
     const int64_t left = rows == 1 ? 0 : row_stride - base % row_stride - columns;
     const int64_t next = left < columns ? left : columns;
     const int32_t nonzeros = finish(base, columns, ColumnFactors<C>{spread_factor}, next);
