@@ -27,6 +27,7 @@ from bregman_cuda import (
     Nuclear,
     ProxAdam,
     ProxSGD,
+    Restarts,
     SparseGroupLasso,
     SplitLBI,
     _backend,
@@ -139,6 +140,15 @@ def test_numbers_of_numpy_are_taken_and_kept_as_pythons(tmp_path):
     nuclear = Nuclear(numpy.float64(1.0), every=numpy.int32(2))
     assert [(type(v), v) for v in (nuclear.lam, nuclear.every)] == [(float, 1.0), (int, 2)]
     assert HSPG(model(), 0.1, reg, k=numpy.int64(2), end=numpy.int64(5)).param_groups[0]["k"] == 2
+
+
+def test_counts_of_numpy_are_taken_and_kept_as_pythons():
+    numpy = pytest.importorskip("numpy")
+    schedule = Restarts(RMDA(model(), reg=L1(0.1)), [numpy.int64(3), 5], patience=numpy.uint8(2))
+    assert [type(n) for n in (*schedule.milestones, schedule.patience)] == [int] * 3
+    p = torch.nn.Parameter(torch.eye(4))
+    HSPG([p], reg=GroupLasso(0.1)).keep_top(numpy.int32(3))
+    assert int(p.any(1).sum()) == 3
 
 
 @pytest.mark.parametrize("bad", [Fraction(1, 3), Decimal("0.1")])
@@ -297,14 +307,15 @@ def nan_like(p: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("warm", [False, True], ids=["first step", "later step"])
-@pytest.mark.parametrize(("bad", "error", "message"), [
-    (sparse_like, RuntimeError, r"LinBreg does not support sparse gradients: parameter 'emb'; use sparse=False"),
-    (nan_like, FloatingPointError, r"gradient of parameter 'emb' has NaN or Inf; nothing was changed"),
+@pytest.mark.parametrize(("bad", "check_finite", "error", "message"), [
+    *[(sparse_like, check, RuntimeError, "LinBreg does not support sparse gradients: parameter 'emb'; use sparse=False")
+      for check in (False, True)],
+    (nan_like, True, FloatingPointError, r"gradient of parameter 'emb' has NaN or Inf; nothing was changed"),
 ])  # fmt: skip
-def test_a_bad_gradient_in_the_last_group_changes_nothing_in_the_first(driver, warm, bad, error, message):
+def test_a_bad_gradient_in_the_last_group_changes_nothing_in_the_first(driver, warm, bad, check_finite, error, message):
     params = model([(4, 3), (5,), (6, 2)])
     groups = [{"params": [("w", params[0]), ("b", params[1])], "reg": L1(0.1)}, {"params": [("emb", params[2])]}]
-    optimizer = LinBreg(groups, fused=driver.fused, check_finite=bad is nan_like)
+    optimizer = LinBreg(groups, fused=driver.fused, check_finite=check_finite)
     if warm:
         train(optimizer, params, 2)
     set_grads(params, 7)
@@ -338,6 +349,20 @@ def test_a_sparse_gradient_in_a_group_of_its_own_changes_nothing(driver, warm):
     with pytest.raises(RuntimeError, match="AdaBreg does not support sparse gradients: parameter 'emb'"):
         optimizer.step()
     assert_unchanged(optimizer, before)
+
+
+def test_a_sparse_gradient_in_a_group_that_steps_already_makes_no_state_of_another(driver):
+    params = model([(4, 3), (6, 2)])
+    optimizer = AdaBreg([{"params": [p]} for p in params], fused=driver.fused)
+    train(optimizer, params[:1], 2)
+    assert params[1] not in optimizer.state
+    set_grads(params, 7)
+    params[0].grad = sparse_like(params[0])
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match="AdaBreg does not support sparse gradients: parameter 0 of shape"):
+        optimizer.step()
+    assert_unchanged(optimizer, before)
+    assert params[1] not in optimizer.state
 
 
 @pytest.mark.parametrize(("name", "change"), [

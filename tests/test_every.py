@@ -116,14 +116,12 @@ def test_every_can_change_between_steps():
     assert reg.rank(params[0]) < 4
 
 
-@pytest.mark.parametrize(
-    ("value", "error"), [(0, ValueError), (-1, ValueError), (True, TypeError), (1.5, TypeError), ("2", TypeError)]
-)
-def test_bad_values_are_refused(value, error):
-    with pytest.raises(error, match=rf"Nuclear: every must be .*got {value!r}"):
+@pytest.mark.parametrize("value", [0, -1, True, 1.5, "2", None])
+def test_bad_values_are_refused(value):
+    with pytest.raises(ValueError, match=rf"Nuclear: every must be an integer >= 1, got {value!r}"):
         Nuclear(0.1, every=value)
     reg = Nuclear(0.1)
-    with pytest.raises(error, match=r"Nuclear: every must be"):
+    with pytest.raises(ValueError, match=r"Nuclear: every must be"):
         reg.every = value
     assert reg == Nuclear(0.1)
 

@@ -184,7 +184,7 @@ def test_keep_top_ends_with_k_groups_for_good(driver):
     p = nn.Parameter(torch.tensor([[1.0, 1.0], [3.0, 0.0], [0.0, 0.0], [0.0, 2.0]]))
     optimizer = HSPG([p], 0.1, GroupLasso(0.01), fused=driver.fused)
     for bad in (0, -1, 1.5, True):
-        with pytest.raises(ValueError, match=f"keep_top: k must be a number of groups >= 1, or None, got {bad!r}"):
+        with pytest.raises(ValueError, match=f"keep_top: k must be an integer >= 1 or None, got {bad!r}"):
             optimizer.keep_top(bad)
     with pytest.raises(ValueError, match=r"keep_top: no k for parameter 0 of .*\(4, 2\): neither .* nor GroupLasso"):
         optimizer.keep_top()
@@ -348,12 +348,12 @@ def test_resume_keeps_the_phase(driver):
     ("options", "message"),
     [
         ({"epsilon": 1.0}, "epsilon must be < 1, got 1.0"),
-        ({"start": -1}, "start must be a number of steps >= 0, or None, got -1"),
-        ({"end": 0}, "end must be a number of steps >= 1, or None, got 0"),
-        ({"end": 2.0}, "end must be a number of steps >= 1, or None, got 2.0"),
+        ({"start": -1}, "start must be an integer >= 0 or None, got -1"),
+        ({"end": 0}, "end must be an integer >= 1 or None, got 0"),
+        ({"end": 2.0}, "end must be an integer >= 1 or None, got 2.0"),
         ({"start": 5, "end": 4}, "end must be >= start, got end=4, start=5"),
-        ({"k": 0}, "k must be a number of groups >= 1, or None, got 0"),
-        ({"k": True}, "k must be a number of groups >= 1, or None, got True"),
+        ({"k": 0}, "k must be an integer >= 1 or None, got 0"),
+        ({"k": True}, "k must be an integer >= 1 or None, got True"),
         ({"end": 3, "reg": GroupLasso(0.1)}, "end=3 needs k, the number of groups to keep: GroupLasso has none"),
         ({"reg": L1(0.1)}, "reg must penalize groups alone, such as GroupLasso, got L1"),
         ({"reg": SparseGroupLasso(0.1)}, "reg must penalize groups alone, such as GroupLasso, got SparseGroupLasso"),

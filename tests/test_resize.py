@@ -63,8 +63,8 @@ def test_the_first_filters_and_what_reads_them():
         top.weight.zero_()
     assert bool(model.aa.weight[first].any())  # copies
     assert extract_top_filters(path, "fc.weight", 2).consumer_weight is None
-    for n in (0, 7, 1.0):
-        with pytest.raises(ValueError, match=f"n must be an integer from 1 to 6, got {n}"):
+    for n, says in ((0, "an integer >= 1"), (1.0, "an integer >= 1"), (7, "at most the 6 filters of 'a.weight'")):
+        with pytest.raises(ValueError, match=f"n must be {says}, got {n}"):
             extract_top_filters(path, "a.weight", n)
     with pytest.raises(ValueError, match=r"'fc\.weight' with 20 inputs does not read the 6 filters"):
         extract_top_filters(path, "a.weight", 2, "fc.weight")

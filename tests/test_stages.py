@@ -146,7 +146,7 @@ def test_a_run_with_stages_ends_sparse():
         (lambda o: Restarts(o, gamma=1.5), ValueError, "gamma must be .*got 1.5"),
         (lambda o: Restarts(o, milestones=[3, 2]), ValueError, r"milestones must increase, got \[3, 2\]"),
         (lambda o: Restarts(o, milestones=[0]), ValueError, "milestone must be an integer >= 1, got 0"),
-        (lambda o: Restarts(o, patience=-1), ValueError, "patience must be an integer >= 0, got -1"),
+        (lambda o: Restarts(o, patience=-1), ValueError, "patience must be an integer >= 0 or None, got -1"),
         (lambda o: Restarts(o, threshold=math.nan), ValueError, "threshold must be .*got nan"),
         (lambda o: Restarts(o, patience=1).step(), ValueError, "needs a loss"),
         (lambda o: MomentumGrowth(o, start=1.5), ValueError, "start must be an integer >= 0, got 1.5"),

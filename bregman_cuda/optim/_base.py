@@ -163,7 +163,10 @@ class SparseOptimizer(torch.optim.Optimizer):
             found_inf = None
         ready = self._ready()
         if len(ready) > 1 or not all(plan.checks_first() for plan, _, _ in ready):
-            self._check_against_params(ready)
+            if any(set(map(_layout, grads)) != {torch.strided} for _, _, grads in ready):
+                self._refuse_sparse()
+            if sum(len(plan.buckets) for plan, _, _ in ready) > 1:
+                self._check_against_params(ready)
         if self._sharded:
             from . import _collective
 
@@ -172,7 +175,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             try:
                 plan.run(group, grads, Amp(-1.0 if group["maximize"] else 1.0, grad_scale, found_inf))
             except NotImplementedError:  # torch has no op for such tensors
-                self._refuse_sparse(group, plan.active, grads)
+                self._refuse_sparse()
                 raise
         if self._sharded:
             _collective.finish([plan for plan, _, _ in ready], places)
@@ -207,21 +210,22 @@ class SparseOptimizer(torch.optim.Optimizer):
             if group["check_finite"]:
                 self._check_finite(group, active, grads)
             if self._sharded:
-                self._refuse_sparse(group, active, grads)
+                self._refuse_sparse()
                 grads = local_grads([params[i] for i in active], grads)
-            ready.append((self._plan(number, group, active, grads), group, grads))
+            ready.append((self._plan(number, group, active), group, grads))
         return ready
 
-    def _refuse_sparse(self, group: dict[str, Any], active: Any, grads: list[Tensor]) -> None:
-        if set(map(_layout, grads)) != {torch.strided}:
-            index = next(i for i, grad in zip(active, grads) if grad.layout is not torch.strided)
-            raise RuntimeError(
-                f"{type(self).__name__} does not support sparse gradients: {self._describe(group, index)}; "
-                "use sparse=False in its embedding, or another optimizer for it"
-            )
+    def _refuse_sparse(self) -> None:
+        for group in self.param_groups:
+            for index, param in enumerate(group["params"]):
+                if param.grad is not None and param.grad.layout is not torch.strided:
+                    raise RuntimeError(
+                        f"{type(self).__name__} does not support sparse gradients: {self._describe(group, index)}; "
+                        "use sparse=False in its embedding, or another optimizer for it"
+                    ) from None  # torch's own says less at great length
 
     def _check_finite(self, group: dict[str, Any], active: Any, grads: list[Tensor]) -> None:
-        self._refuse_sparse(group, active, grads)
+        self._refuse_sparse()
         finite = [bool(torch.isfinite(local(grad)).all()) for grad in grads]
         if self._sharded:
             finite = on_all_ranks(finite, group["params"])
@@ -231,8 +235,7 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     def _check_against_params(self, ready: list[tuple[GroupPlan, dict[str, Any], list[Tensor]]]) -> None:
         """torch lets nobody assign a gradient of another shape: a plan's first step looks at shapes, ops always do."""
-        for plan, group, grads in ready:
-            self._refuse_sparse(group, plan.active, grads)
+        for plan, _, grads in ready:
             for bucket in plan.buckets:
                 own = bucket.of(grads)
                 if plan.fits and set(map(_dtype, own)) == {bucket.dtype}:
@@ -245,7 +248,7 @@ class SparseOptimizer(torch.optim.Optimizer):
                         )
             plan.fits = True
 
-    def _plan(self, number: int, group: dict[str, Any], active: Any, grads: list[Tensor]) -> GroupPlan:
+    def _plan(self, number: int, group: dict[str, Any], active: Any) -> GroupPlan:
         """The group's plan; built anew when anything but gradients and scalars changed."""
         reg, params = group["reg"], group["params"]
         kind = (type(reg), *(getattr(reg, name, None) for name in ("groups", "weight", "k", "scope")))
@@ -260,7 +263,7 @@ class SparseOptimizer(torch.optim.Optimizer):
                 "captured in a CUDA graph: take a step with them outside of it first"
             )
         self._check(group)
-        self._refuse_sparse(group, active, grads)
+        self._refuse_sparse()
         plan = GroupPlan(self, group, active)
         self._plans[number] = (key, plan)
         return plan

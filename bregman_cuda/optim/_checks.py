@@ -84,7 +84,8 @@ def check_options(optimizer: SparseOptimizer, group: dict[str, Any]) -> None:
 
 def check_changed_options(optimizer: SparseOptimizer, number: int, group: dict[str, Any]) -> None:
     """`check_options`, unless all values are the very objects that passed it before and none can change itself."""
-    now = [*group.values(), *getattr(group["reg"], "__dict__", {}).values()]
+    reg = group["reg"]
+    now = [*group.values(), *(getattr(reg, name, None) for name in getattr(reg, "__dataclass_fields__", ()))]
     known = optimizer._checked.get(number, ())
     if len(now) == len(known) and all(map(operator.is_, now, known)):
         return

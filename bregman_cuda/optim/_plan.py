@@ -307,7 +307,6 @@ class GroupPlan:
     def __init__(self, optimizer: SparseOptimizer, group: dict[str, Any], active: Sequence[int]):
         rule, reg = optimizer._rule(group), group["reg"]
         params: list[Tensor] = group["params"]
-        self.active = active
         self.pointers = pointers([params[i] for i in active], optimizer._sharded)
         self.buckets: list[Bucket] = []
         self.fits = False  # whether gradients were compared with the parameters

@@ -13,7 +13,7 @@ from .. import reference
 from .._backend import why_no_half_space
 from .._math import number_like
 from ..regularizers import Regularizer
-from ..regularizers._base import check_number
+from ..regularizers._base import check_count, check_number
 from ..regularizers._rounds import Extent, Rounds
 from ._base import SparseOptimizer, is_capturing
 from ._rule import Hyper, Rule, State, number
@@ -188,9 +188,8 @@ class HSPG(SparseOptimizer):
         if group["epsilon"] >= 1:
             raise ValueError(f"HSPG: epsilon must be < 1, got {group['epsilon']!r}")
         start, end, reg = group["start"], group["end"], group["reg"]
-        _check_count("HSPG", "start", start, "steps", 0)
-        _check_count("HSPG", "end", end, "steps", 1)
-        _check_count("HSPG", "k", group["k"], "groups", 1)
+        for name, value, least in (("start", start, 0), ("end", end, 1), ("k", group["k"], 1)):
+            check_count("HSPG", name, value, least, or_none=True)
         _check_scope("HSPG", group["scope"])
         if start is not None and end is not None and end < start:
             raise ValueError(f"HSPG: end must be >= start, got end={end!r}, start={start!r}")
@@ -255,7 +254,7 @@ class HSPG(SparseOptimizer):
             ValueError: k is not a positive number, or None where there is none; another scope, or "all" for tensors
                 of which some are on other ranks alone; nothing was changed.
         """
-        _check_count("keep_top", "k", k, "groups", 1)
+        k = check_count("keep_top", "k", k, 1, or_none=True)
         _check_scope("keep_top", scope)
         self._keep_top("keep_top", self.param_groups, k, scope)
 
@@ -289,11 +288,6 @@ class HSPG(SparseOptimizer):
 def _check_scope(owner: str, scope: Any) -> None:
     if scope not in ("tensor", "all", None):
         raise ValueError(f"{owner}: scope must be 'tensor', 'all' or None, got {scope!r}")
-
-
-def _check_count(owner: str, name: str, value: Any, what: str, least: int) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-        raise ValueError(f"{owner}: {name} must be a number of {what} >= {least}, or None, got {value!r}")
 
 
 def _begin(group: dict[str, Any]) -> None:

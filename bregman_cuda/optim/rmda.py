@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._math import cube_root
 from ..regularizers import Regularizer
-from ..regularizers._base import check_number
+from ..regularizers._base import check_count, check_number
 from ..regularizers._rounds import Extent, Rounds
 from ._base import SparseOptimizer
 from ._inexact import proximal_gradient
@@ -323,15 +323,14 @@ class RAMDA(_DualAveraging):
         super()._check_group(group)
         check_number("RAMDA", "eps", group["eps"])
         check_number("RAMDA", "rtol", group["rtol"])
-        most, reg = group["max_iters"], group["reg"]
-        if isinstance(most, bool) or not isinstance(most, int) or most < 1:
-            raise ValueError(f"RAMDA: max_iters must be an integer >= 1, got {most!r}")
+        check_count("RAMDA", "max_iters", group["max_iters"], 1)
         if group["solver"] not in ("exact", "pg"):
             raise ValueError(f"RAMDA: solver must be 'exact' or 'pg', got {group['solver']!r}")
         if group["solver"] == "exact":
             return
         if group["fused"]:
             raise RuntimeError(f"RAMDA: fused=True, but {_INEXACT.plain}: leave fused at None, or take solver='exact'")
+        reg = group["reg"]
         if reg is not None and not reg.convex and (reg.radial is not None or reg.whole):
             raise ValueError(f"RAMDA: solver='pg' needs a convex penalty on groups, got {type(reg).__name__}")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..regularizers._base import check_number
+from ..regularizers._base import check_count, check_number
 from .rmda import RAMDA, RMDA
 
 
@@ -55,10 +55,8 @@ class Restarts:
         if gamma == 0:
             raise ValueError(f"Restarts: gamma must be > 0, got {gamma!r}")
         check_number("Restarts", "threshold", threshold, high=1.0)
-        if patience is not None:
-            _check_count("patience", patience, 0)
-        for milestone in milestones:
-            _check_count("a milestone", milestone, 1)
+        patience = check_count("Restarts", "patience", patience, or_none=True)
+        milestones = [check_count("Restarts", "a milestone", milestone, 1) for milestone in milestones]
         if sorted({*milestones}) != [*milestones]:
             raise ValueError(f"Restarts: milestones must increase, got {[*milestones]!r}")
         if shrink_eps and not isinstance(optimizer, RAMDA):
@@ -128,8 +126,7 @@ class MomentumGrowth:
 
     def __init__(self, optimizer: RMDA | RAMDA, start: int = 0) -> None:
         _check_optimizer("MomentumGrowth", optimizer)
-        _check_count("start", start, 0)
-        self.optimizer, self.start = optimizer, start
+        self.optimizer, self.start = optimizer, check_count("MomentumGrowth", "start", start)
         self.calls = 0
         self.base: list[float] = []
 
@@ -159,8 +156,3 @@ class MomentumGrowth:
 def _check_optimizer(owner: str, optimizer: Any) -> None:
     if not isinstance(optimizer, (RMDA, RAMDA)):
         raise TypeError(f"{owner} works with RMDA and RAMDA, got {type(optimizer).__name__}")
-
-
-def _check_count(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")

@@ -75,6 +75,18 @@ def check_number(
         raise ValueError(f"{owner}: {name} must be finite and {span}, got {value!r}")
 
 
+def check_count(owner: str, name: str, value: Any, least: int = 0, or_none: bool = False) -> Any:
+    """An integer, numpy's too, as Python's; or None, if it may be that.
+
+    Raises:
+        ValueError: no integer, or too small.
+    """
+    number = plain_number(value)
+    if (number is None and or_none) or (type(number) is int and number >= least):
+        return number
+    raise ValueError(f"{owner}: {name} must be an integer >= {least}{' or None' * or_none}, got {value!r}")
+
+
 class Regularizer:
     """Base of all regularizers: plain, mutable data whose changes take effect at the optimizer's next step.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._math import number_like
-from ._base import Grouped, Regularizer, Step, check_number, plain_number
+from ._base import Grouped, Regularizer, Step, check_count, check_number
 from ._rounds import Extent, Rounds
 
 _INFINITE = 1e300  # stands for an infinite norm in the sums below, so that no inf - inf or inf / inf arises
@@ -60,11 +60,7 @@ class GroupEnvelope(Grouped):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "k":
-            value = plain_number(value)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"GroupEnvelope: k must be an int, got {value!r}")
-            if value < 1:
-                raise ValueError(f"GroupEnvelope: k must be >= 1, got {value!r}")
+            value = check_count("GroupEnvelope", name, value, 1)
         if name == "scope" and value not in ("tensor", "all"):
             raise ValueError(f"GroupEnvelope: scope must be 'tensor' or 'all', got {value!r}")
         if (

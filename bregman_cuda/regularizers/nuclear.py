@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._math import number_like
-from ._base import Regularizer, Step, plain_number
+from ._base import Regularizer, Step, check_count
 
 
 @dataclass
@@ -49,11 +49,7 @@ class Nuclear(Regularizer):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "every":
-            value = plain_number(value)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"Nuclear: every must be an int, got {value!r}")
-            if value < 1:
-                raise ValueError(f"Nuclear: every must be >= 1, got {value!r}")
+            value = check_count("Nuclear", name, value, 1)
         super().__setattr__(name, value)
 
     def groups_of(self, shape: Sequence[int]) -> None:

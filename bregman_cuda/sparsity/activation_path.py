@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union
 import torch
 from torch import Tensor, nn
 
+from ..regularizers._base import check_count
 from .layers import named_tensors
 from .resize import filter_dim, filter_norms
 
@@ -51,16 +52,6 @@ def chosen_layers(layers: str | Iterable[str] | None, known: Iterable[str]) -> l
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"layer {unknown[0]!r} is not among those with a sparse twin: {', '.join(known)}")
     return names
-
-
-def check_count(owner: str, name: str, value: Any, least: int = 0) -> None:
-    """Refuse what is not an integer, or too small.
-
-    Raises:
-        ValueError: so it is.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{owner}: {name} must be an integer >= {least}, got {value!r}")
 
 
 class ActivationPath:
@@ -114,7 +105,7 @@ class ActivationPath:
         Raises:
             ValueError: not an integer, or smaller than before.
         """
-        check_count("ActivationPath", "`when`", when, max(self.last, 0))
+        when = check_count("ActivationPath", "`when`", when, max(self.last, 0))
         named = named_of(self.model)
         for name in self._first:
             first = self._units(name, named[name])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from ..regularizers._base import check_number
+from ..regularizers._base import check_count, check_number
 
 if TYPE_CHECKING:
     from ..optim.splitlbi import SplitLBI
@@ -118,8 +118,9 @@ def extract_top_filters(path: ActivationPath, layer: str, n: int, consumer: str 
         ValueError: n out of range, an unknown layer, or a consumer that does not read the filters.
     """
     ranks = path.ranks(layer, "filter")
-    if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= len(ranks):
-        raise ValueError(f"extract_top_filters: n must be an integer from 1 to {len(ranks)}, got {n!r}")
+    n = check_count("extract_top_filters", "n", n, 1)
+    if n > len(ranks):
+        raise ValueError(f"extract_top_filters: n must be at most the {len(ranks)} filters of {layer!r}, got {n!r}")
     param = path._param(layer, "filter")
     indices = (ranks < n).nonzero().flatten()
     bias = getattr(owner_of(path.model, layer)[2], "bias", None) if isinstance(path.model, nn.Module) else None
@@ -194,8 +195,7 @@ def grow_layer(
             other, a parameter (not frozen) that the optimizer does not hold; nothing was changed.
     """
     check_number("grow_layer", "threshold", threshold, high=1.0)
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ValueError(f"grow_layer: n must be an integer >= 1, got {n!r}")
+    n = check_count("grow_layer", "n", n, 1)
     if outgoing not in ("zero", "random"):
         raise ValueError(f"grow_layer: outgoing must be 'zero' or 'random', got {outgoing!r}")
     consumers: list[Any] = [consumer] if isinstance(consumer, nn.Module) else [*consumer]

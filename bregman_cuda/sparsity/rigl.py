@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..optim import SparseOptimizer
 from ..optim._masks import pack, packed_size, unpack
 from ..optim._shards import gathered, is_sharded, local, sharded_as
-from ..regularizers._base import check_number, plain_number
+from ..regularizers._base import check_count, check_number
 from .layers import weight_tensors
 from .report import DensityReport, DensityRow
 
@@ -84,12 +84,7 @@ class RigL:
         check_number("RigL", "alpha", alpha, 0.0, 1.0)
         if distribution not in ("erk", "uniform"):
             raise ValueError(f"RigL: distribution must be 'erk' or 'uniform', got {distribution!r}")
-        every, end = plain_number(every), plain_number(end)
-        for name, number in (("every", every), ("end", end)):
-            if isinstance(number, bool) or not isinstance(number, int):
-                raise TypeError(f"RigL: {name} must be an int, got {number!r}")
-            if number < 1:
-                raise ValueError(f"RigL: {name} must be >= 1, got {number!r}")
+        every, end = (check_count("RigL", name, value, 1) for name, value in (("every", every), ("end", end)))
         named = _named(model)
         if first_dense and len(named) == 1:
             raise ValueError(f"RigL: first_dense=True leaves {named[0][0]!r}, the only weight, dense; use False")
@@ -163,8 +158,7 @@ class RigL:
         if missing := {"steps", "masks"} - {*state_dict}:
             raise KeyError(f"RigL: the state dict has no {', '.join(map(repr, sorted(missing)))}")
         steps, saved = state_dict["steps"], state_dict["masks"]
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-            raise ValueError(f"RigL: steps in the state dict must be an int >= 0, got {steps!r}")
+        check_count("RigL", "steps in the state dict", steps)
         if {*saved} != {*self.names}:
             odd = sorted({*saved} ^ {*self.names})
             raise KeyError(f"RigL: the state dict has masks of other weights: {', '.join(map(repr, odd))} differ")

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .activation_path import Model, check_count, named_of
+from ..regularizers._base import check_count
+from .activation_path import Model, named_of
 from .resize import filter_dim, filter_norms
 
 _NUMBERS = ("min", "p25", "median", "p75", "max", "mean")
@@ -68,9 +69,8 @@ class StatisticsRecorder:
         rows_per_file: int = 10_000,
     ) -> None:
         _numpy()
-        for name, value in (("every", every), ("rows_per_file", rows_per_file)):
-            check_count("StatisticsRecorder", name, value, 1)
-        self.model, self.every, self.rows_per_file = model, every, rows_per_file
+        self.model, self.every = model, check_count("StatisticsRecorder", "every", every, 1)
+        self.rows_per_file = check_count("StatisticsRecorder", "rows_per_file", rows_per_file, 1)
         known = named_of(model)
         names = [*known] if layers is None else [layers] if isinstance(layers, str) else list(layers)
         if unknown := [name for name in names if name not in known]:
@@ -90,7 +90,7 @@ class StatisticsRecorder:
         Raises:
             ValueError: the step is no integer >= 0.
         """
-        check_count("StatisticsRecorder", "step", step)
+        step = check_count("StatisticsRecorder", "step", step)
         if step % self.every:
             return False
         named = named_of(self.model)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..optim import SparseOptimizer
 from ..optim._shards import mask_as
-from .activation_path import check_count, chosen_layers, named_of, with_twin
+from ..regularizers._base import check_count
+from .activation_path import chosen_layers, named_of, with_twin
 
 if TYPE_CHECKING:
     from ..optim.splitlbi import SplitLBI
@@ -63,7 +64,7 @@ class TicketRecorder:
         Raises:
             ValueError: the epoch is no integer >= 0.
         """
-        check_count("TicketRecorder", "epoch", epoch)
+        epoch = check_count("TicketRecorder", "epoch", epoch)
         named = named_of(self.model)
         self._masks[epoch] = {name: self.optimizer.support(named[name]).clone() for name in self.layers}
 
