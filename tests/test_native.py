@@ -1,4 +1,4 @@
-"""The native tests: emulated kernels, seeded faults and the launch plan, plain and under the sanitizers.
+"""The native tests: emulated kernels, seeded faults and the launch plan, under the sanitizers.
 
 CTest does the work (``tests/native``); here each preset is one test that fails with CTest's own account.
 """
@@ -29,7 +29,7 @@ def run(*command: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("preset", ["default", "asan-ubsan", "tsan"])
+@pytest.mark.parametrize("preset", ["asan-ubsan", "tsan"])
 def test_native(preset: str) -> None:
     run("cmake", "--preset", preset)
     run("cmake", "--build", "--preset", preset)
