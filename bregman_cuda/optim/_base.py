@@ -196,6 +196,8 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     def _ready(self) -> list[tuple[GroupPlan, dict[str, Any], list[Tensor]]]:
         """Plans and gradients of all groups, with everything checked that can fail."""
+        if self._sharded or any(group["check_finite"] for group in self.param_groups):
+            self._refuse_sparse()
         ready = []
         for number, group in enumerate(self.param_groups):
             params = group["params"]
@@ -210,7 +212,6 @@ class SparseOptimizer(torch.optim.Optimizer):
             if group["check_finite"]:
                 self._check_finite(group, active, grads)
             if self._sharded:
-                self._refuse_sparse()
                 grads = local_grads([params[i] for i in active], grads)
             ready.append((self._plan(number, group, active), group, grads))
         return ready
@@ -225,7 +226,6 @@ class SparseOptimizer(torch.optim.Optimizer):
                     ) from None  # torch's own says less at great length
 
     def _check_finite(self, group: dict[str, Any], active: Any, grads: list[Tensor]) -> None:
-        self._refuse_sparse()
         finite = [bool(torch.isfinite(local(grad)).all()) for grad in grads]
         if self._sharded:
             finite = on_all_ranks(finite, group["params"])
