@@ -198,33 +198,32 @@ def test_the_ptx_reader_sees_generic_and_narrow_accesses() -> None:
 # The functions that hold the loops, by file and template arguments.
 MASKED = ("true", "false")
 COMMON = ("NoPenalty", "L1")  # the elementwise penalties that rules are compiled with
-WRITING = tuple(rule for rule in RULES if not constant(rule, "kReadsParam"))
-FACTORS = ("OneFactor", "ColumnFactors")
 PLAIN = tuple(
     rule for rule in RULES if not constant(rule, "kMetric") and not constant(rule, "kHalfSpace")
 )  # rules whose group loops recompute points
 METRIC = tuple(rule for rule in RULES if constant(rule, "kMetric"))
 LATE = {rule for rule in RULES if constant(rule, "kLate")}
 ONE_ARRAY = {rule for rule in PLAIN if constant(rule, "kReadsParam") + constant(rule, "kStateSlots") == 1}
-BUFFERED = ("float", "double")  # what buffers hold
+COMPUTE = ("float", "double")  # what loops compute in
+NARROW = tuple(dtype for dtype in PACKS if dtype not in COMPUTE)
 FUNCTIONS = {
-    "separable_block": ("separable.h", RULES, COMMON, PACKS, MASKED),
-    "advance_run": ("grouped.h", PLAIN, COMMON, PACKS, MASKED),
-    "advance_rows": ("grouped.h", ("1", "4"), PLAIN, COMMON, PACKS, MASKED),
-    "finish_block": ("grouped.h", PLAIN, COMMON, PACKS, MASKED, FACTORS),
-    "finish_streamed": ("grouped.h", tuple(r for r in WRITING if r in PLAIN), COMMON, PACKS, FACTORS),
-    "advance_points": ("buffered.h", RULES, PACKS, MASKED),
-    "finish_points": ("buffered.h", RULES, PACKS, MASKED),
-    "prox_points": ("buffered.h", PENALTIES[1:], BUFFERED),
-    "prox_each": ("buffered.h", PENALTIES[1:] if METRIC else (), BUFFERED),
-    "add_squares": ("buffered.h", BUFFERED),
-    "add_pairs": ("buffered.h", ("CurveTerms", "GainTerms", "HalfSpaceTerms"), BUFFERED),
-    "add_moments": ("buffered.h", BUFFERED),
-    "move_up": ("buffered.h", BUFFERED),
-    "add_old_squares": ("buffered.h", METRIC, PACKS),
-    "scale_points": ("buffered.h", BUFFERED),
-    "half_space_points": ("buffered.h", BUFFERED),
-    "shrink_points": ("buffered.h", BUFFERED),
+    "widen_all": ("stored.h", NARROW),
+    "narrow_all": ("stored.h", NARROW),
+    "separable_block": ("separable.h", RULES, COMMON, COMPUTE, MASKED),
+    "advance_run": ("grouped.h", PLAIN, COMMON, COMPUTE, MASKED),
+    "advance_rows": ("grouped.h", ("1", "4"), PLAIN, COMMON, COMPUTE, MASKED),
+    "finish_block": ("grouped.h", PLAIN, COMMON, COMPUTE, MASKED),
+    "advance_points": ("buffered.h", RULES, COMPUTE, MASKED),
+    "finish_points": ("buffered.h", RULES, COMPUTE, MASKED),
+    "prox_points": ("buffered.h", PENALTIES[1:], COMPUTE),
+    "prox_each": ("buffered.h", PENALTIES[1:] if METRIC else (), COMPUTE),
+    "add_squares": ("buffered.h", COMPUTE),
+    "add_pairs": ("buffered.h", ("CurveTerms", "GainTerms", "HalfSpaceTerms"), COMPUTE),
+    "add_moments": ("buffered.h", COMPUTE),
+    "move_up": ("buffered.h", COMPUTE),
+    "scale_points": ("buffered.h", COMPUTE),
+    "half_space_points": ("buffered.h", COMPUTE),
+    "shrink_points": ("buffered.h", COMPUTE),
 }
 
 
@@ -285,7 +284,6 @@ def test_every_instance_is_vectorised(loops: set[tuple[str, str, int]], function
     for line in lines:
         names = {name for name, f, n in loops if (f, n) == (file, line)}
         done = {match.group(1) for name in names if (match := re.search(rf"\b{function}<(.*)>\(", name))}
-        done = {re.sub(r"<\w+> ?", "", found) for found in done}  # the factors' own argument
         instances = (instance for instance in itertools.product(*arguments) if not is_missing(function, instance))
         wanted = {", ".join(instance) for instance in instances}
         assert sorted(wanted - done) == [], f"{file}:{line}"

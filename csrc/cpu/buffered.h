@@ -9,65 +9,70 @@
 
 BREGMAN_BEGIN
 
-// Advances the state of rows of n columns and writes their points, and their prox scales where these differ.
-template <class Rule, class T, bool kMasked>
-BREGMAN_LOOP void advance_points(const Arrays<Rule, T> a, int64_t base, const Rows rows, int64_t n,
-                                 const Scalars<Rule, compute_t<T>> k, compute_t<T>* __restrict__ z,
-                                 compute_t<T>* __restrict__ scales, const flag_t<compute_t<T>>* keep) {
-  using C = compute_t<T>;
-  for (int64_t o = 0; o < rows.outer; ++o)
-    for (int64_t i = 0; i < rows.inner; ++i, z += n, scales += n) {
-      const int64_t begin = base + o * rows.outer_stride + i * rows.inner_stride;
+// Advances the state of `rows` rows of n columns and writes their points, and their prox scales where these differ.
+template <class Rule, class C, bool kMasked>
+BREGMAN_LOOP void advance_points(const Arrays<Rule, C> a, int64_t rows, int64_t stride, int64_t n,
+                                 const Scalars<Rule, C> k, C* __restrict__ z, C* __restrict__ scales,
+                                 const flag_t<C>* keep) {
+  for (int64_t r = 0; r < rows; ++r, z += n, scales += n) {
 #pragma GCC ivdep
-      for (int64_t j = 0; j < n; ++j) {
-        C s[kMaxSlots];
-        const Point<C> p = point_of<true, Rule, T, C, kMasked>(a, begin + j, k, s, keep, j);
-        z[j] = p.z;
-        if constexpr (kPaired<Rule>) scales[j] = p.scale;
-      }
+    for (int64_t j = 0; j < n; ++j) {
+      C s[kMaxSlots];
+      const Point<C> p = point_of<true, Rule, C, kMasked>(a, r * stride + j, k, s, keep, j);
+      z[j] = p.z;
+      if constexpr (kPaired<Rule>) scales[j] = p.scale;
     }
+  }
 }
 
 // The new parameters from n prox points; returns how many are non-zero.
-template <class Rule, class T, bool kMasked>
-BREGMAN_LOOP int32_t finish_points(const Arrays<Rule, T> a, int64_t begin, int64_t n,
-                                   const Scalars<Rule, compute_t<T>> k, const compute_t<T>* __restrict__ q,
-                                   const flag_t<compute_t<T>>* keep) {
-  using C = compute_t<T>;
+template <class Rule, class C, bool kMasked>
+BREGMAN_LOOP int32_t finish_points(const Arrays<Rule, C> a, int64_t n, const Scalars<Rule, C> k,
+                                   const C* __restrict__ q, const flag_t<C>* keep) {
   int32_t count = 0;
 #pragma GCC ivdep
   for (int64_t j = 0; j < n; ++j) {
     C s[kMaxSlots];
-    a.load_state(begin + j, s);
-    count += finish_element<Rule, T, C, kMasked>(a, a, begin + j, k, q[j], s, keep, j);
+    a.load_state(j, s);
+    count += finish_element<Rule, C, kMasked>(a, j, k, q[j], s, keep, j);
   }
   return count;
 }
 
-// Both with or without a mask.
+// Both with or without a mask, for arrays of any dtype.
 template <class Rule, class T>
-void advance_any(const Arrays<Rule, T>& a, const uint64_t* mask, int64_t base, const Rows& rows, int64_t n,
+void advance_any(const Stored<Rule, T>& stored, const uint64_t* mask, int64_t base, const Rows& rows, int64_t n,
                  const Scalars<Rule, compute_t<T>>& k, compute_t<T>* z, compute_t<T>* scales) {
   using C = compute_t<T>;
-  if (mask == nullptr) return advance_points<Rule, T, false>(a, base, rows, n, k, z, scales, nullptr);
+  if constexpr (!stored.kNarrow)
+    if (mask == nullptr) {
+      for (int64_t r = 0; r < rows.outer; ++r, base += rows.outer_stride, z += rows.inner * n, scales += rows.inner * n)
+        advance_points<Rule, C, false>(stored.at(base), rows.inner, rows.inner_stride, n, k, z, scales, nullptr);
+      return;
+    }
   for (int64_t r = 0; r < rows.outer * rows.inner; ++r) {
     const int64_t begin = rows.at(base, r);
-    for_blocks<C>(mask, begin, n, [&](int64_t j, int64_t length, const flag_t<C>* keep) {
-      const int64_t m = r * n + j;
-      advance_points<Rule, T, true>(a, begin + j, {1, 1, 0, 0}, length, k, z + m, scales + m, keep);
+    stored.advance(begin, n, [&](const Arrays<Rule, C>& a, int64_t j, int64_t m) {
+      C *to = z + r * n + j, *scale = scales + r * n + j;
+      if (mask == nullptr) return advance_points<Rule, C, false>(a, 1, 0, m, k, to, scale, nullptr);
+      for_blocks<C>(mask, begin + j, m, [&](int64_t i, int64_t length, const flag_t<C>* keep) {
+        advance_points<Rule, C, true>(a.from(i), 1, 0, length, k, to + i, scale + i, keep);
+      });
     });
   }
 }
 template <class Rule, class T>
-int32_t finish_any(const Arrays<Rule, T>& a, const uint64_t* mask, int64_t begin, int64_t n,
+int32_t finish_any(const Stored<Rule, T>& stored, const uint64_t* mask, int64_t begin, int64_t n,
                    const Scalars<Rule, compute_t<T>>& k, const compute_t<T>* q) {
   using C = compute_t<T>;
-  if (mask == nullptr) return finish_points<Rule, T, false>(a, begin, n, k, q, nullptr);
-  int32_t count = 0;
-  for_blocks<C>(mask, begin, n, [&](int64_t j, int64_t length, const flag_t<C>* keep) {
-    count += finish_points<Rule, T, true>(a, begin + j, length, k, q + j, keep);
+  return stored.template store<Visit::second>(begin, n, false, [&](const Arrays<Rule, C>& a, int64_t j, int64_t m) {
+    if (mask == nullptr) return finish_points<Rule, C, false>(a, m, k, q + j, nullptr);
+    int32_t count = 0;
+    for_blocks<C>(mask, begin + j, m, [&](int64_t i, int64_t length, const flag_t<C>* keep) {
+      count += finish_points<Rule, C, true>(a.from(i), length, k, q + j + i, keep);
+    });
+    return count;
   });
-  return count;
 }
 
 template <class Elementwise, class C>
@@ -100,14 +105,14 @@ void run_separable_buffered(const PlanView& plan, const Item& item, const void* 
   using C = compute_t<T>;
   const TensorRecord& t = plan.records()[item.tensor];
   const auto k = Scalars<Rule, C>::from(args.scalars, args.elementwise, args.radial);
-  const Arrays<Rule, T> a(t, grad);
+  const Stored<Rule, T> stored(t, grad);
   alignas(64) C z[kBuffer], scales[kBuffer];
   int32_t count = 0;
   for (int64_t j = 0; j < item.count; j += kBuffer) {
     const int64_t begin = item.begin + j, n = item.count - j < kBuffer ? item.count - j : kBuffer;
-    advance_any(a, t.mask, begin, {1, 1, 0, 0}, n, k, z, scales);
+    advance_any(stored, t.mask, begin, {1, 1, 0, 0}, n, k, z, scales);
     prox_buffer<Rule, C>(z, scales, n, k);
-    count += finish_any(a, t.mask, begin, n, k, z);
+    count += finish_any(stored, t.mask, begin, n, k, z);
   }
   if (counts == nullptr) return;
   counts[0] = count;
@@ -125,10 +130,10 @@ struct Ahead {
 
   Ahead() = default;
   template <class Rule, class T>
-  Ahead(const Arrays<Rule, T>& a, int64_t begin, int64_t row_stride) : row_stride(row_stride) {
-    add(a.grad, begin);
-    if constexpr (Rule::kStateSlots > 0) add(a.slot0, begin);
-    if constexpr (Rule::kStateSlots > 1) add(a.slot1, begin);
+  Ahead(const Stored<Rule, T>& stored, int64_t begin, int64_t row_stride) : row_stride(row_stride) {
+    add(stored.grad, begin);
+    if constexpr (Rule::kStateSlots > 0) add(stored.state.slot0, begin);
+    if constexpr (Rule::kStateSlots > 1) add(stored.state.slot1, begin);
   }
   template <class T>
   void add(const T* array, int64_t begin) {
@@ -150,11 +155,10 @@ struct Matrix {
 };
 
 template <class C>
-BREGMAN_LOOP void add_squares(const Matrix<C> m, double* __restrict__ sums) {
-  for (int64_t r = 0; r < m.rows; ++r) {
-    const C* __restrict__ z = m.z + r * m.columns;
+BREGMAN_LOOP void add_squares(const C* __restrict__ z, int64_t rows, int64_t columns, double* __restrict__ sums) {
+  for (int64_t r = 0; r < rows; ++r, z += columns) {
 #pragma GCC ivdep
-    for (int64_t j = 0; j < m.columns; ++j) sums[j] = add_square(sums[j], z[j]);
+    for (int64_t j = 0; j < columns; ++j) sums[j] = add_square(sums[j], z[j]);
   }
 }
 
@@ -260,18 +264,6 @@ BREGMAN_LOOP void add_level_moments(const Matrix<C> m, C level, const C* __restr
     }
 }
 
-// The squares of rows of n parameters as they are before the step.
-template <class Rule, class T>
-BREGMAN_LOOP void add_old_squares(const Arrays<Rule, T> a, int64_t base, const Rows rows, int64_t n,
-                                  double* __restrict__ sums) {
-  for (int64_t o = 0; o < rows.outer; ++o)
-    for (int64_t i = 0; i < rows.inner; ++i) {
-      const int64_t begin = base + o * rows.outer_stride + i * rows.inner_stride;
-#pragma GCC ivdep
-      for (int64_t j = 0; j < n; ++j) sums[j] = add_square(sums[j], a.old_param(begin + j));
-    }
-}
-
 template <class C>
 BREGMAN_LOOP void scale_points(const Matrix<C> m, const C* __restrict__ factors) {
   for (int64_t r = 0; r < m.rows; ++r) {
@@ -326,7 +318,7 @@ class BufferedGroups {
   template <class Scale>
   void shrink(Scale scale, const Penalty<C>& k) {
     clear();
-    for_parts([&](const Matrix<C>& m) { add_squares(m, sums_); });
+    for_parts([&](const Matrix<C>& m) { add_squares<C>(m.z, m.rows, m.columns, sums_); });
     total(1);
     radial_factors(totals_, count_, scale, k, group_);
     spread(group_, row_, count_, spread_);
@@ -457,7 +449,7 @@ template <class Rule, class T>
 struct PointGroups : TileOf<Rule, T> {
   using C = compute_t<T>;
   using Base = TileOf<Rule, T>;
-  using Base::a, Base::k, Base::t, Base::row, Base::rows, Base::scratch;
+  using Base::k, Base::row, Base::rows, Base::scratch, Base::stored, Base::t;
 
   PointGroups(const TensorRecord& record, const void* grad, const StepArgs& args) : Base(record, grad, args) {}
 
@@ -469,14 +461,17 @@ struct PointGroups : TileOf<Rule, T> {
     Line<C> line{};
     bool straight = false;
     if constexpr (kPaired<Rule>) straight = line_of(k.radial, C(t.weight), Rule::kMetric, line);
-    advance_any(a, t.mask, base, this->all_rows(), columns, k, z, scales);
+    advance_any(stored, t.mask, base, this->all_rows(), columns, k, z, scales);
     if (k.elementwise.kind != 0) prox_buffer<Rule, C>(z, scales, elements, k);
     if constexpr (Rule::kMetric) {
       auto add_old = [&](int64_t first, const Rows& part, int64_t n, double* sums) {
-        add_old_squares(a, base + first, part, n, sums);
+        for (int64_t r = 0; r < part.outer * part.inner; ++r)
+          stored.old_params(part.at(base + first, r), n, [&](const C* params, int64_t j, int64_t m) {
+            add_squares<C>(params, 1, m, sums + j);
+          });
       };
       const bool one_level = rows <= this->inner;
-      const Ahead ahead = one_level ? Ahead(a, base + columns, groups.folded(this->row_stride)) : Ahead();
+      const Ahead ahead = one_level ? Ahead(stored, base + columns, groups.folded(this->row_stride)) : Ahead();
       if (straight) groups.shrink_in_metric(line, this->all_rows(), add_old, ahead);
       else groups.shrink_along(k.radial, C(t.weight));
     } else if constexpr (Rule::kHalfSpace) {
@@ -486,7 +481,7 @@ struct PointGroups : TileOf<Rule, T> {
     }
     int32_t nonzeros = 0;
     for (int64_t r = 0; r < rows; ++r)
-      nonzeros += finish_any(a, t.mask, this->offset(base, r), columns, k, z + r * columns);
+      nonzeros += finish_any(stored, t.mask, this->offset(base, r), columns, k, z + r * columns);
     if (alive != nullptr)
       for (int64_t m = 0; m < count; ++m) *alive += this->any_nonzero(base + m * row);
     return nonzeros;

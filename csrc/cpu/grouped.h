@@ -3,7 +3,7 @@
 // again from the state, which the caches still hold, or in strips, which memory does.
 #pragma once
 
-#include "arrays.h"
+#include "stored.h"
 
 BREGMAN_BEGIN
 
@@ -19,11 +19,10 @@ BREGMAN_HD double add_square(double sum, C x) {
 
 // First visit of n neighbours of one group. Element j adds to lanes[j % kLanes], an order that depends on n alone.
 constexpr int kLanes = 32;
-template <class Rule, class Elementwise, class T, bool kMasked>
-BREGMAN_LOOP void advance_run(const Arrays<Rule, T> a, int64_t begin, int64_t n,
-                              const Scalars<Rule, compute_t<T>> k, double* __restrict__ lanes,
-                              const flag_t<compute_t<T>>* keep) {
-  using C = compute_t<T>;
+static_assert(kBuffer % kLanes == 0 && kBlock % kLanes == 0);
+template <class Rule, class Elementwise, class C, bool kMasked>
+BREGMAN_LOOP void advance_run(const Arrays<Rule, C> a, int64_t n, const Scalars<Rule, C> k, double* __restrict__ lanes,
+                              const flag_t<C>* keep) {
   double sums[kLanes];
   for (int m = 0; m < kLanes; ++m) sums[m] = lanes[m];
   int64_t j = 0;
@@ -32,7 +31,7 @@ BREGMAN_LOOP void advance_run(const Arrays<Rule, T> a, int64_t begin, int64_t n,
 #pragma GCC ivdep
     for (int m = 0; m < kLanes; ++m) {
       C s[kMaxSlots];
-      q[m] = prox_point<true, Rule, Elementwise, T, C, kMasked>(a, begin + j + m, k, s, keep, j + m);
+      q[m] = prox_point<true, Rule, Elementwise, C, kMasked>(a, j + m, k, s, keep, j + m);
     }
     for (int m = 0; m < kLanes; ++m) sums[m] = add_square(sums[m], q[m]);
   }
@@ -40,7 +39,7 @@ BREGMAN_LOOP void advance_run(const Arrays<Rule, T> a, int64_t begin, int64_t n,
 #pragma GCC ivdep
   for (int64_t m = 0; m < rest; ++m) {
     C s[kMaxSlots];
-    sums[m] = add_square(sums[m], prox_point<true, Rule, Elementwise, T, C, kMasked>(a, begin + j + m, k, s, keep, j + m));
+    sums[m] = add_square(sums[m], prox_point<true, Rule, Elementwise, C, kMasked>(a, j + m, k, s, keep, j + m));
   }
   for (int m = 0; m < kLanes; ++m) lanes[m] = sums[m];
 }
@@ -54,100 +53,65 @@ struct Rows {
 
 // Asks for what the first visit of n neighbours will read. Rows of a tile are too short for the processor to foresee.
 template <class Rule, class T>
-BREGMAN_HD void fetch(const Arrays<Rule, T>& a, int64_t begin, int64_t n) {
+BREGMAN_HD void fetch(const Stored<Rule, T>& stored, int64_t begin, int64_t n) {
   using C = compute_t<T>;
-  for (int64_t j = 0; j < n; j += int64_t(64 / sizeof(T))) __builtin_prefetch(a.grad + begin + j, 0, 2);
-  for (int64_t j = 0; j < n; j += int64_t(64 / sizeof(C))) {
-    if constexpr (Rule::kStateSlots > 0) __builtin_prefetch(a.slot0 + begin + j, 0, 2);
-    if constexpr (Rule::kStateSlots > 1) __builtin_prefetch(a.slot1 + begin + j, 0, 2);
-    if constexpr (Rule::kStateSlots > 2) __builtin_prefetch(a.slot2 + begin + j, 0, 2);
-    if constexpr (Rule::kReadsParam) __builtin_prefetch(a.param + begin + j, 0, 2);
+  for (int64_t j = 0; j < n; j += kLine<T>) __builtin_prefetch(stored.grad + begin + j, 0, 2);
+  for (int64_t j = 0; j < n; j += kLine<C>) {
+    if constexpr (Rule::kStateSlots > 0) __builtin_prefetch(stored.state.slot0 + begin + j, 0, 2);
+    if constexpr (Rule::kStateSlots > 1) __builtin_prefetch(stored.state.slot1 + begin + j, 0, 2);
+    if constexpr (Rule::kStateSlots > 2) __builtin_prefetch(stored.state.slot2 + begin + j, 0, 2);
+    if constexpr (Rule::kReadsParam) __builtin_prefetch(stored.old_param(begin + j), 0, 2);
   }
 }
 
 // First visit of kRows rows of n columns, each of which has a sum of its own.
-template <int kRows, class Rule, class Elementwise, class T, bool kMasked>
-BREGMAN_LOOP void advance_rows(const Arrays<Rule, T> a, int64_t begin, int64_t stride, int64_t n,
-                               const Scalars<Rule, compute_t<T>> k, double* __restrict__ sums,
-                               const flag_t<compute_t<T>>* keep) {
-  using C = compute_t<T>;
+template <int kRows, class Rule, class Elementwise, class C, bool kMasked>
+BREGMAN_LOOP void advance_rows(const Arrays<Rule, C> a, int64_t stride, int64_t n, const Scalars<Rule, C> k,
+                               double* __restrict__ sums, const flag_t<C>* keep) {
 #pragma GCC ivdep
   for (int64_t j = 0; j < n; ++j) {
     double sum = sums[j];
     for (int r = 0; r < kRows; ++r) {
       C s[kMaxSlots];
-      sum = add_square(sum, prox_point<true, Rule, Elementwise, T, C, kMasked>(a, begin + r * stride + j, k, s, keep, j));
+      sum = add_square(sum, prox_point<true, Rule, Elementwise, C, kMasked>(a, r * stride + j, k, s, keep, j));
     }
     sums[j] = sum;
   }
 }
 
-template <class Rule, class Elementwise, class T, bool kMasked>
-void advance_columns(const Arrays<Rule, T>& a, int64_t base, const Rows& rows, int64_t n,
-                     const Scalars<Rule, compute_t<T>>& k, double* sums, const flag_t<compute_t<T>>* keep) {
+template <class Elementwise, class Rule, class T>
+void advance_columns(const Stored<Rule, T>& stored, int64_t base, const Rows& rows, int64_t n,
+                     const Scalars<Rule, compute_t<T>>& k, double* sums) {
+  using C = compute_t<T>;
   constexpr int64_t kAhead = 512;  // elements
   constexpr int64_t kSide = 4;     // rows, as long as that makes few enough streams for the processor to foresee
   const bool whole = rows.inner_stride == n;  // one long run, whose sums do not fit in L1
   const int64_t ahead = ceil_div(kAhead, n);
   for (int64_t outer = 0; outer < rows.outer; ++outer) {
     int64_t inner = 0, begin = base + outer * rows.outer_stride;
-    if constexpr (!kMasked && Rule::kReadsParam + Rule::kStateSlots == 1)
+    if constexpr (!stored.kNarrow && Rule::kReadsParam + Rule::kStateSlots == 1)
       for (; whole && inner + kSide <= rows.inner; inner += kSide, begin += kSide * n)
-        advance_rows<kSide, Rule, Elementwise, T, false>(a, begin, n, n, k, sums, keep);
+        advance_rows<kSide, Rule, Elementwise, C, false>(stored.at(begin), n, n, k, sums, nullptr);
     for (; inner < rows.inner; ++inner, begin += rows.inner_stride) {
-      if (!whole && inner + ahead < rows.inner) fetch(a, begin + ahead * rows.inner_stride, n);
-      advance_rows<1, Rule, Elementwise, T, kMasked>(a, begin, 0, n, k, sums, keep);
+      if (!whole && inner + ahead < rows.inner) fetch(stored, begin + ahead * rows.inner_stride, n);
+      stored.advance(begin, n, [&](const Arrays<Rule, C>& a, int64_t j, int64_t m) {
+        advance_rows<1, Rule, Elementwise, C, false>(a, 0, m, k, sums + j, nullptr);
+      });
     }
   }
 }
 
-// Second visit of one element: shrink by the group's factor, finish, and store in `to`; whether it is non-zero.
-template <class Rule, class Elementwise, class T, class C, bool kMasked>
-BREGMAN_HD bool finish_point(const Arrays<Rule, T>& a, const Arrays<Rule, T>& to, int64_t i,
-                             const Scalars<Rule, C>& k, C factor, const flag_t<C>* keep, int64_t j) {
-  C s[kMaxSlots];
-  const C q = prox_point<false, Rule, Elementwise, T, C, kMasked>(a, i, k, s, keep, j);
-  return finish_element<Rule, T, C, kMasked>(a, to, i, k, q * factor, s, keep, j);
-}
-
-// Second visit of n neighbours; returns how many are non-zero.
-template <class Rule, class Elementwise, class T, bool kMasked, class Factor>
-BREGMAN_LOOP int32_t finish_block(const Arrays<Rule, T> a, int64_t begin, int64_t n,
-                                  const Scalars<Rule, compute_t<T>> k, const Factor factor,
-                                  const flag_t<compute_t<T>>* keep) {
-  using C = compute_t<T>;
+// Second visit of n neighbours: shrink by the groups' factors, and finish; returns how many are non-zero.
+template <class Rule, class Elementwise, class C, bool kMasked>
+BREGMAN_LOOP int32_t finish_block(const Arrays<Rule, C> a, int64_t n, const Scalars<Rule, C> k,
+                                  const C* __restrict__ factors, const flag_t<C>* keep) {
   int32_t count = 0;
 #pragma GCC ivdep
-  for (int64_t j = 0; j < n; ++j)
-    count += finish_point<Rule, Elementwise, T, C, kMasked>(a, a, begin + j, k, factor(j), keep, j);
-  return count;
-}
-
-// The same past the caches, for rows of whole memory lines; meanwhile asks for the next tile, `next` elements a row.
-template <class Rule, class Elementwise, class T, class Factor>
-BREGMAN_LOOP int32_t finish_streamed(const Arrays<Rule, T> a, int64_t base, const Rows rows, int64_t n,
-                                     const Scalars<Rule, compute_t<T>> k, const Factor factor, int64_t next) {
-  using C = compute_t<T>;
-  constexpr int kPart = kLine<T> > 32 ? kLine<T> : 32;  // GCC takes loops of 16 apart before it vectorises
-  int32_t count = 0;
-  for (int64_t outer = 0; outer < rows.outer; ++outer)
-    for (int64_t inner = 0; inner < rows.inner; ++inner) {
-      const int64_t begin = base + outer * rows.outer_stride + inner * rows.inner_stride;
-      fetch(a, begin + n, next);
-      int64_t j = 0;
-      for (; j + kPart <= n; j += kPart) {
-        alignas(64) T part[kPart];
-        Arrays<Rule, T> to = a;
-        to.param = part - begin - j;
-#pragma GCC ivdep
-        for (int m = 0; m < kPart; ++m)
-          count += finish_point<Rule, Elementwise, T, C, false>(a, to, begin + j + m, k, factor(j + m), nullptr, 0);
-        stream_copy(a.param + begin + j, part, sizeof(part));
-      }
-#pragma GCC ivdep
-      for (; j < n; ++j)
-        count += finish_point<Rule, Elementwise, T, C, false>(a, a, begin + j, k, factor(j), nullptr, 0);
-    }
+  for (int64_t j = 0; j < n; ++j) {
+    C s[kMaxSlots];
+    const C q = prox_point<false, Rule, Elementwise, C, kMasked>(a, j, k, s, keep, j);
+    count += finish_element<Rule, C, kMasked>(a, j, k, q * factors[j], s, keep, j);
+  }
   return count;
 }
 
@@ -196,20 +160,6 @@ void radial_factors(const double* totals, int64_t count, C scale, const Penalty<
   }
 }
 
-// The factor of element j: one for all, or one per column.
-template <class C>
-struct OneFactor {
-  C factor;
-  BREGMAN_HD C operator()(int64_t) const { return factor; }
-  BREGMAN_HD OneFactor from(int64_t) const { return *this; }
-};
-template <class C>
-struct ColumnFactors {
-  const C* __restrict__ factors;
-  BREGMAN_HD C operator()(int64_t j) const { return factors[j]; }
-  BREGMAN_HD ColumnFactors from(int64_t j) const { return {factors + j}; }
-};
-
 // Repeats each group's factor for its `row` columns. Writes up to kSpread - 1 elements too many.
 constexpr int64_t kSpread = 16;
 template <class C>
@@ -225,12 +175,12 @@ struct TileOf {
   using C = compute_t<T>;
   const TensorRecord& t;
   const Scalars<Rule, C> k;
-  const Arrays<Rule, T> a;
+  const Stored<Rule, T> stored;
   const int64_t row, rows, inner, row_stride, r0_stride;
   Scratch& scratch = thread_scratch();
 
   TileOf(const TensorRecord& record, const void* grad, const StepArgs& args, int64_t strip = 0)
-      : t(record), k(Scalars<Rule, C>::from(args.scalars, args.elementwise, args.radial)), a(record, grad),
+      : t(record), k(Scalars<Rule, C>::from(args.scalars, args.elementwise, args.radial)), stored(record, grad),
         row(t.layout.r2), rows(strip ? strip : t.layout.rows()), inner(strip ? strip : t.layout.r1),
         row_stride(t.layout.g2 * row), r0_stride(t.layout.g1 * inner * row_stride) {}
 
@@ -240,7 +190,7 @@ struct TileOf {
   bool any_nonzero(int64_t base) const {
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t c = 0; c < row; ++c)
-        if (nonzero(a.param[offset(base, r) + c])) return true;
+        if (nonzero(stored.param[offset(base, r) + c])) return true;
     return false;
   }
 };
@@ -257,8 +207,8 @@ template <class Rule, class Elementwise, class T>
 struct Groups : TileOf<Rule, T> {
   using C = compute_t<T>;
   using Base = TileOf<Rule, T>;
-  using Base::a, Base::all_rows, Base::inner, Base::k, Base::offset, Base::r0_stride, Base::row, Base::row_stride,
-      Base::rows, Base::scratch, Base::t;
+  using Base::all_rows, Base::inner, Base::k, Base::offset, Base::r0_stride, Base::row, Base::row_stride, Base::rows,
+      Base::scratch, Base::stored, Base::t;
   const C scale;
   const bool stream;
   const Phase phase;
@@ -270,39 +220,41 @@ struct Groups : TileOf<Rule, T> {
         values(phase == Phase::whole && !strip ? nullptr : plan.numbers(t)) {}
 
   void advance_one(int64_t begin, int64_t n, double* lanes) const {
-    if (t.mask == nullptr) return advance_run<Rule, Elementwise, T, false>(a, begin, n, k, lanes, nullptr);
-    for_blocks<C>(t.mask, begin, n, [&](int64_t j, int64_t length, const flag_t<C>* keep) {
-      advance_run<Rule, Elementwise, T, true>(a, begin + j, length, k, lanes, keep);
+    stored.advance(begin, n, [&](const Arrays<Rule, C>& a, int64_t j, int64_t m) {
+      if (t.mask == nullptr) return advance_run<Rule, Elementwise, C, false>(a, m, k, lanes, nullptr);
+      for_blocks<C>(t.mask, begin + j, m, [&](int64_t i, int64_t length, const flag_t<C>* keep) {
+        advance_run<Rule, Elementwise, C, true>(a.from(i), length, k, lanes, keep);
+      });
     });
   }
   void advance_tile(int64_t base, int64_t n, double* sums) const {
-    if (t.mask == nullptr)
-      return advance_columns<Rule, Elementwise, T, false>(a, base, all_rows(), n, k, sums, nullptr);
+    if (t.mask == nullptr) return advance_columns<Elementwise>(stored, base, all_rows(), n, k, sums);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t begin = offset(base, r);
-      for_blocks<C>(t.mask, begin, n, [&](int64_t j, int64_t length, const flag_t<C>* keep) {
-        advance_columns<Rule, Elementwise, T, true>(a, begin + j, {1, 1, 0, 0}, length, k, sums + j, keep);
+      stored.advance(begin, n, [&](const Arrays<Rule, C>& a, int64_t j, int64_t m) {
+        for_blocks<C>(t.mask, begin + j, m, [&](int64_t i, int64_t length, const flag_t<C>* keep) {
+          advance_rows<1, Rule, Elementwise, C, true>(a.from(i), 0, length, k, sums + j + i, keep);
+        });
       });
     }
   }
 
-  template <class Factor>
-  int32_t finish(int64_t base, int64_t n, Factor factor, int64_t next) const {
+  // The rest of rows of n columns; meanwhile asks for the next tile, `next` elements a row.
+  int32_t finish(int64_t base, int64_t n, const C* factors, int64_t next) const {
     auto lines = [](int64_t elements) { return elements % kLine<T> == 0; };
-    if constexpr (!Rule::kReadsParam)
-      if (stream && lines(base) && lines(n) && (rows == 1 || (lines(row_stride) && lines(r0_stride))))
-        return finish_streamed<Rule, Elementwise, T>(a, base, all_rows(), n, k, factor, next);
+    const bool past = stream && lines(base) && lines(n) && (rows == 1 || (lines(row_stride) && lines(r0_stride)));
     int32_t count = 0;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t begin = offset(base, r);
-      if (t.mask == nullptr) {
-        fetch(a, begin + n, next);
-        count += finish_block<Rule, Elementwise, T, false>(a, begin, n, k, factor, nullptr);
-      } else {
-        for_blocks<C>(t.mask, begin, n, [&](int64_t j, int64_t length, const flag_t<C>* keep) {
-          count += finish_block<Rule, Elementwise, T, true>(a, begin + j, length, k, factor.from(j), keep);
+      fetch(stored, begin + n, next);
+      count += stored.template store<Visit::second>(begin, n, past, [&](const Arrays<Rule, C>& a, int64_t j, int64_t m) {
+        if (t.mask == nullptr) return finish_block<Rule, Elementwise, C, false>(a, m, k, factors + j, nullptr);
+        int32_t found = 0;
+        for_blocks<C>(t.mask, begin + j, m, [&](int64_t i, int64_t length, const flag_t<C>* keep) {
+          found += finish_block<Rule, Elementwise, C, true>(a.from(i), length, k, factors + j + i, keep);
         });
-      }
+        return found;
+      });
     }
     return count;
   }
@@ -311,9 +263,9 @@ struct Groups : TileOf<Rule, T> {
   int32_t run_long(int64_t base, int64_t first, int64_t count, int32_t* alive) const {
     int32_t nonzeros = 0;
     for (int64_t m = 0; m < count; ++m, base += row) {
-      OneFactor<C> factor{};
+      C factor;
       if (phase == Phase::scale) {
-        factor.factor = C(values[first + m]);
+        factor = C(values[first + m]);
       } else {
         double lanes[kLanes] = {};
         advance_one(base, row, lanes);
@@ -322,9 +274,12 @@ struct Groups : TileOf<Rule, T> {
           values[first + m] = total;
           continue;
         }
-        radial_factors(&total, 1, scale, k.radial, &factor.factor);
+        radial_factors(&total, 1, scale, k.radial, &factor);
       }
-      const int32_t found = finish(base, row, factor, 0);
+      alignas(64) C factors[kBuffer];
+      std::fill_n(factors, std::min(row, kBuffer), factor);
+      int32_t found = 0;
+      for (int64_t j = 0; j < row; j += kBuffer) found += finish(base + j, std::min(row - j, kBuffer), factors, 0);
       nonzeros += found;
       if (alive != nullptr) *alive += found > 0;
     }
@@ -350,7 +305,7 @@ struct Groups : TileOf<Rule, T> {
     if (row > 1) spread(factor, row, count, spread_factor);
     const int64_t left = rows == 1 ? 0 : row_stride - base % row_stride - columns;
     const int64_t next = left < columns ? left : columns;
-    const int32_t nonzeros = finish(base, columns, ColumnFactors<C>{spread_factor}, next);
+    const int32_t nonzeros = finish(base, columns, spread_factor, next);
     if (alive != nullptr)
       for (int64_t m = 0; m < count; ++m) *alive += (factor[m] != C(0) || Rule::kReadsParam) && this->any_nonzero(base + m * row);
     return nonzeros;
@@ -382,7 +337,7 @@ struct Groups : TileOf<Rule, T> {
     C* spread_factor = scratch.template get<C>(3, columns + kSpread);
     for (int64_t m = 0; m < count; ++m) factor[m] = C(factors[m]);
     spread(factor, row, count, spread_factor);
-    return finish(base, columns, ColumnFactors<C>{spread_factor}, 0);
+    return finish(base, columns, spread_factor, 0);
   }
 
   // The non-zero ones of a strip's share of the groups, row by row of the tensor.
@@ -394,7 +349,7 @@ struct Groups : TileOf<Rule, T> {
     for (int64_t m = 0; m < part.count; ++m)
       left += zero[m] = Rule::kReadsParam || factors[part.begin + m] != 0;
     for (int64_t r = 0; r < t.layout.rows() && alive < left; ++r) {
-      const T* cells = a.param + r * row_stride + part.begin * row;
+      const T* cells = stored.param + r * row_stride + part.begin * row;
       for (int64_t m = 0; m < part.count; ++m)
         for (int64_t c = 0; c < row && zero[m]; ++c)
           if (nonzero(cells[m * row + c])) zero[m] = 0, ++alive;

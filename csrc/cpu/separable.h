@@ -1,22 +1,20 @@
 // The loop for separable penalties: the whole step in one pass.
 #pragma once
 
-#include "arrays.h"
+#include "stored.h"
 
 BREGMAN_BEGIN
 
 // The whole step on n neighbouring elements; returns how many are non-zero.
-template <class Rule, class Elementwise, class T, bool kMasked>
-BREGMAN_LOOP int32_t separable_block(const Arrays<Rule, T> a, int64_t begin, int64_t n,
-                                     const Scalars<Rule, compute_t<T>> k, const flag_t<compute_t<T>>* keep) {
-  using C = compute_t<T>;
+template <class Rule, class Elementwise, class C, bool kMasked>
+BREGMAN_LOOP int32_t separable_block(const Arrays<Rule, C> a, int64_t n, const Scalars<Rule, C> k,
+                                     const flag_t<C>* keep) {
   int32_t count = 0;
 #pragma GCC ivdep
   for (int64_t j = 0; j < n; ++j) {
-    int64_t i = begin + j;
     C s[kMaxSlots];
-    C q = prox_point<true, Rule, Elementwise, T, C, kMasked>(a, i, k, s, keep, j);
-    count += finish_element<Rule, T, C, kMasked>(a, a, i, k, q, s, keep, j);
+    C q = prox_point<true, Rule, Elementwise, C, kMasked>(a, j, k, s, keep, j);
+    count += finish_element<Rule, C, kMasked>(a, j, k, q, s, keep, j);
   }
   return count;
 }
@@ -26,23 +24,18 @@ void run_separable(const PlanView& plan, const Item& item, const void* grad, con
   using C = compute_t<T>;
   const TensorRecord& t = plan.records()[item.tensor];
   const auto k = Scalars<Rule, C>::from(args.scalars, args.elementwise, args.radial);
-  Arrays<Rule, T> a(t, grad);
-  int32_t count = 0;
-  if (t.mask != nullptr) {
-    for_blocks<C>(t.mask, item.begin, item.count, [&](int64_t j, int64_t n, const flag_t<C>* keep) {
-      count += separable_block<Rule, Elementwise, T, true>(a, item.begin + j, n, k, keep);
-    });
-  } else if (streams<Rule, T>(plan, t)) {
-    for (int64_t j = 0; j < item.count; j += kBuffer) {
-      const int64_t begin = item.begin + j, n = item.count - j < kBuffer ? item.count - j : kBuffer;
-      count += streamed(a, begin, n, [&](const Arrays<Rule, T>& to) {
-        return separable_block<Rule, Elementwise, T, false>(to, begin, n, k, nullptr);
+  const Stored<Rule, T> stored(t, grad);
+  const bool stream = t.mask == nullptr && streams<Rule, T>(plan, t);
+  const int32_t count = stored.template store<Visit::only>(
+      item.begin, item.count, stream, [&](const Arrays<Rule, C>& a, int64_t j, int64_t n) {
+        if (t.mask == nullptr) return separable_block<Rule, Elementwise, C, false>(a, n, k, nullptr);
+        int32_t found = 0;
+        for_blocks<C>(t.mask, item.begin + j, n, [&](int64_t i, int64_t length, const flag_t<C>* keep) {
+          found += separable_block<Rule, Elementwise, C, true>(a.from(i), length, k, keep);
+        });
+        return found;
       });
-    }
-    stream_fence();
-  } else {
-    count = separable_block<Rule, Elementwise, T, false>(a, item.begin, item.count, k, nullptr);
-  }
+  if (stream) stream_fence();
   if (counts == nullptr) return;
   counts[0] = count;
   counts[1] = 0;
