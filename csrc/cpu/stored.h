@@ -85,7 +85,7 @@ BREGMAN_LOOP int32_t narrow_all(const float* __restrict__ from, int64_t n, T* __
   return count;
 }
 
-// What a visit needs of the gradient: a second one has the state that the first one advanced.
+// Whether a visit needs the gradient: to a second one the state tells all, if there is any, but for late rules.
 enum class Visit { first, second, only };
 template <class Rule>
 constexpr bool reads_grad(Visit visit) {

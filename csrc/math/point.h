@@ -1,6 +1,6 @@
 // A step of a rule is three functions of an element's gradient g, parameter p and state s:
 //   update(g, p, s)  advances the state,
-//   point(g, p, s)   gives the point before the prox, and the prox scale, from the advanced state,
+//   point(g, p, s)   gives the point before the prox, and the prox scale, from the advanced state (from g only without any),
 //   finish(q, p, s)  gives the new parameter from the prox point q.
 // A driver may ask for the point as often as it likes: group penalties need it for the norms and once more for the
 // step, and it is cheaper to compute than to keep.
