@@ -217,13 +217,13 @@ FUNCTIONS = {
     "finish_points": ("buffered.h", RULES, COMPUTE, MASKED),
     "prox_points": ("buffered.h", PENALTIES[1:], COMPUTE),
     "prox_each": ("buffered.h", PENALTIES[1:] if METRIC else (), COMPUTE),
-    "add_squares": ("buffered.h", COMPUTE),
-    "add_pairs": ("buffered.h", ("CurveTerms", "GainTerms", "HalfSpaceTerms"), COMPUTE),
-    "add_moments": ("buffered.h", COMPUTE),
-    "move_up": ("buffered.h", COMPUTE),
-    "scale_points": ("buffered.h", COMPUTE),
-    "half_space_points": ("buffered.h", COMPUTE),
-    "shrink_points": ("buffered.h", COMPUTE),
+    "add_squares": ("group_prox.h", COMPUTE),
+    "add_pairs": ("group_prox.h", ("CurveTerms", "GainTerms", "HalfSpaceTerms"), COMPUTE),
+    "add_moments": ("group_prox.h", COMPUTE),
+    "move_up": ("group_prox.h", COMPUTE),
+    "scale_points": ("group_prox.h", COMPUTE),
+    "half_space_points": ("group_prox.h", COMPUTE),
+    "shrink_points": ("group_prox.h", COMPUTE),
 }
 
 

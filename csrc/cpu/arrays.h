@@ -102,7 +102,7 @@ void expand_mask(const uint64_t* mask, int64_t offset, int64_t n, F* keep) {
   for (int64_t j = 0; j < kBlock; ++j) keep[j] = F((bits >> j) & 1);
 }
 
-// Calls f(start, length, keep) over [0, n): at once without a mask, in blocks with one.
+// Calls f(start, length, keep) for [0, n) in blocks.
 template <class C, class F>
 void for_blocks(const uint64_t* mask, int64_t offset, int64_t n, F f) {
   flag_t<C> keep[kBlock];

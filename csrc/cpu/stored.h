@@ -55,7 +55,6 @@ inline void stream_fence() {
 #endif
 }
 
-
 template <class T>
 BREGMAN_LOOP void widen_all(const T* __restrict__ from, int64_t n, float* __restrict__ to) {
   int64_t j = 0;

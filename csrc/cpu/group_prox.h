@@ -1,0 +1,335 @@
+// The group prox of points in a buffer: isotropic, in a diagonal metric, or onto half-spaces.
+#pragma once
+
+#include "../math/curved.h"
+#include "../math/half_space.h"
+#include "grouped.h"
+
+BREGMAN_BEGIN
+
+// What the next tile will read, asked for while this one is searched, which reads no memory: its gradient and first two
+// slots, as far as there are any. Its rows lie like this one's; where they lie in two levels, nothing is asked for. The
+// last tile asks for what is behind the arrays: these are addresses, not pointers.
+struct Ahead {
+  static constexpr int kMost = 3;
+  uintptr_t at[kMost] = {};
+  int64_t size[kMost] = {}, row_stride = 0;  // bytes of an element; elements
+  int streams = 0;
+
+  Ahead() = default;
+  template <class Rule, class T>
+  Ahead(const Stored<Rule, T>& stored, int64_t begin, int64_t row_stride) : row_stride(row_stride) {
+    add(stored.grad, begin);
+    if constexpr (Rule::kStateSlots > 0) add(stored.state.slot0, begin);
+    if constexpr (Rule::kStateSlots > 1) add(stored.state.slot1, begin);
+  }
+  template <class T>
+  void add(const T* array, int64_t begin) {
+    size[streams] = int64_t(sizeof(T));
+    at[streams++] = reinterpret_cast<uintptr_t>(array) + uintptr_t(begin) * sizeof(T);
+  }
+  BREGMAN_HD void fetch(int64_t r, int64_t j) const {
+    for (int k = 0; k < streams; ++k)
+      __builtin_prefetch(reinterpret_cast<const void*>(at[k] + uintptr_t((r * row_stride + j) * size[k])), 0, 2);
+  }
+};
+
+// Points in rows of columns; a long run of one group is folded into such rows, and a last one.
+template <class C>
+struct Matrix {
+  C* z;
+  const C* scales;
+  int64_t rows, columns;
+};
+
+template <class C>
+BREGMAN_LOOP void add_squares(const C* __restrict__ z, int64_t rows, int64_t columns, double* __restrict__ sums) {
+  for (int64_t r = 0; r < rows; ++r, z += columns) {
+#pragma GCC ivdep
+    for (int64_t j = 0; j < columns; ++j) sums[j] = add_square(sums[j], z[j]);
+  }
+}
+
+// What pairs of sums are made of: of points, their scales, and a number per column.
+struct CurveTerms {
+  template <class C>
+  BREGMAN_HD Sums operator()(C z, C scale, C rho) const { return curve_terms(z, scale, rho); }
+};
+struct GainTerms {
+  template <class C>
+  BREGMAN_HD Sums operator()(C z, C scale, C rho) const { return gain_terms(z, scale, rho); }
+};
+struct HalfSpaceTerms {
+  template <class C>
+  BREGMAN_HD Sums operator()(C z, C scale, C) const { return half_space_terms(z, scale); }
+};
+
+template <class Terms, class C>
+BREGMAN_LOOP void add_pairs(const Matrix<C> m, const Terms terms, const C* __restrict__ numbers,
+                            double* __restrict__ a, double* __restrict__ b) {
+  for (int64_t r = 0; r < m.rows; ++r) {
+    const C* __restrict__ z = m.z + r * m.columns;
+    const C* __restrict__ scales = m.scales + r * m.columns;
+#pragma GCC ivdep
+    for (int64_t j = 0; j < m.columns; ++j) {
+      const Sums pair = terms(z[j], scales[j], numbers[j]);
+      a[j] += pair.a;
+      b[j] += pair.b;
+    }
+  }
+}
+
+// The sums of a step of the root, a few rows of them.
+template <class C>
+BREGMAN_LOOP void add_moments(const Matrix<C> m, const Line<C> line, const C* __restrict__ norms, C* __restrict__ a,
+                              C* __restrict__ b, C* __restrict__ c) {
+  for (int64_t r = 0; r < m.rows; ++r) {
+    const C* __restrict__ z = m.z + r * m.columns;
+    const C* __restrict__ scales = m.scales + r * m.columns;
+#pragma GCC ivdep
+    for (int64_t j = 0; j < m.columns; ++j) {
+      const Moments<C> terms = root_terms(z[j], scales[j], norms[j], line);
+      a[j] += terms.a;
+      b[j] += terms.b;
+      c[j] += terms.c;
+    }
+  }
+}
+template <class C>
+BREGMAN_LOOP void move_up(const C* __restrict__ few, int64_t n, double* __restrict__ sums) {
+#pragma GCC ivdep
+  for (int64_t j = 0; j < n; ++j) sums[j] += double(few[j]);
+}
+
+// Numbers of a vector register, as a type: sums over many rows stay in registers, where GCC would store them.
+template <class C>
+struct Wide {
+#if defined(BREGMAN_AVX512)
+  static constexpr int kBytes = 64;
+#elif defined(BREGMAN_FMA)
+  static constexpr int kBytes = 32;
+#else
+  static constexpr int kBytes = 16;
+#endif
+  typedef C type __attribute__((vector_size(kBytes)));
+  static constexpr int64_t kCount = kBytes / int64_t(sizeof(C));
+  BREGMAN_HD static type load(const C* from) {
+    type value;
+    std::memcpy(&value, from, sizeof(value));
+    return value;
+  }
+  BREGMAN_HD static void store(C* to, const type& value) { std::memcpy(to, &value, sizeof(value)); }
+};
+
+// The same for lines without slope, at norms other than zero, with the sums of all rows in registers. kFetch: meanwhile
+// asks for the next tile.
+template <bool kFetch, class C>
+BREGMAN_LOOP void add_level_moments(const Matrix<C> m, C level, const C* __restrict__ norms, C* __restrict__ a,
+                                    C* __restrict__ b, C* __restrict__ c, const Ahead& ahead, int64_t row) {
+  using W = Wide<C>;
+  int64_t j = 0;
+  for (; j + W::kCount <= m.columns; j += W::kCount) {
+    const C *z = m.z + j, *scales = m.scales + j;
+    const auto t = W::load(norms + j);
+    Moments<typename W::type> sums{};
+    for (int64_t r = 0; r < m.rows; ++r, z += m.columns, scales += m.columns) {
+      if constexpr (kFetch) ahead.fetch(row + r, j);
+      const auto terms = level_terms(W::load(z), W::load(scales), t, level);
+      sums.a += terms.a;
+      sums.b += terms.b;
+      sums.c += terms.c;
+    }
+    W::store(a + j, sums.a);
+    W::store(b + j, sums.b);
+    W::store(c + j, sums.c);
+  }
+  for (; j < m.columns; ++j)
+    for (int64_t r = 0; r < m.rows; ++r) {
+      const auto terms = level_terms(m.z[r * m.columns + j], m.scales[r * m.columns + j], norms[j], level);
+      a[j] += terms.a;
+      b[j] += terms.b;
+      c[j] += terms.c;
+    }
+}
+
+template <class C>
+BREGMAN_LOOP void scale_points(const Matrix<C> m, const C* __restrict__ factors) {
+  for (int64_t r = 0; r < m.rows; ++r) {
+    C* __restrict__ z = m.z + r * m.columns;
+#pragma GCC ivdep
+    for (int64_t j = 0; j < m.columns; ++j) z[j] *= factors[j];
+  }
+}
+
+template <class C>
+BREGMAN_LOOP void shrink_points(const Matrix<C> m, const C* __restrict__ rho) {
+  for (int64_t r = 0; r < m.rows; ++r) {
+    C* __restrict__ z = m.z + r * m.columns;
+    const C* __restrict__ scales = m.scales + r * m.columns;
+#pragma GCC ivdep
+    for (int64_t j = 0; j < m.columns; ++j) z[j] = shrink_weighted(z[j], scales[j], rho[j]);
+  }
+}
+
+template <class C>
+BREGMAN_LOOP void half_space_points(const Matrix<C> m, const C* __restrict__ pull) {
+  for (int64_t r = 0; r < m.rows; ++r) {
+    C* __restrict__ z = m.z + r * m.columns;
+    const C* __restrict__ scales = m.scales + r * m.columns;
+#pragma GCC ivdep
+    for (int64_t j = 0; j < m.columns; ++j) z[j] = half_space(z[j], scales[j], pull[j]);
+  }
+}
+
+// The group prox of points in a buffer: `count` groups of `row` neighbouring columns in each row.
+template <class C>
+class BufferedGroups {
+ public:
+  static constexpr int64_t kFold = 64;  // columns of a folded run: few sums to add up, its rows are long enough
+
+  BufferedGroups(Scratch& scratch, C* z, const C* scales, int64_t rows, int64_t row, int64_t count)
+      : z_(z), scales_(scales), elements_(rows * row * count), count_(count), folds_(rows == 1 && count == 1) {
+    columns_ = folds_ ? kFold : row * count;
+    row_ = folds_ ? kFold : row;
+    sums_ = scratch.get<double>(0, 3 * columns_);
+    totals_ = scratch.get<double>(1, 4 * count);
+    group_ = scratch.get<C>(2, count);
+    spread_ = scratch.get<C>(3, columns_ + kSpread);
+    search_ = scratch.get<Search>(6, count);
+    few_ = scratch.get<C>(7, 3 * columns_);
+  }
+
+  // From row to row, in elements: of a folded run its own.
+  int64_t folded(int64_t row_stride) const { return folds_ ? kFold : row_stride; }
+
+  // Isotropic: all elements have the same scale.
+  template <class Scale>
+  void shrink(Scale scale, const Penalty<C>& k) {
+    clear();
+    for_parts([&](const Matrix<C>& m) { add_squares<C>(m.z, m.rows, m.columns, sums_); });
+    total(1);
+    radial_factors(totals_, count_, scale, k, group_);
+    spread(group_, row_, count_, spread_);
+    for_parts([&](const Matrix<C>& m) { scale_points(m, spread_); });
+  }
+
+  // In the metric of the scales. add_old(first, rows, n, sums) adds the squares of the old parameters to the sums of
+  // columns, for rows of n columns that lie like `rows` from the tile's element `first` on.
+  template <class AddOld>
+  void shrink_in_metric(const Line<C>& line, const Rows& rows, AddOld add_old, const Ahead& ahead) {
+    double* norms = totals_ + 3 * count_;
+    clear();
+    if (folds_) {
+      const int64_t whole = elements_ / columns_, rest = elements_ - whole * columns_;
+      add_old(0, Rows{1, whole, 0, columns_}, columns_, sums_);
+      add_old(whole * columns_, Rows{1, 1, 0, 0}, rest, sums_);
+    } else {
+      add_old(0, rows, columns_, sums_);
+    }
+    total(1);
+    for (int64_t g = 0; g < count_; ++g) {
+      norms[g] = root_start<C>(totals_[g]);
+      search_[g] = Search::begun;
+    }
+    int64_t left = count_;
+    for (int step = 0; step < kRootSteps && left; ++step) {
+      visit_root(norms, line, step == 0 ? &ahead : nullptr);
+      for (int64_t g = 0; g < count_; ++g) {
+        if (search_[g] == Search::settled) continue;
+        norms[g] = root_step<C>(double(group_[g]), {totals_[g], totals_[count_ + g], totals_[2 * count_ + g]}, search_[g]);
+        left -= search_[g] == Search::settled;
+      }
+    }
+    for (int64_t g = 0; g < count_; ++g) group_[g] = root_rho(norms[g], line);
+    spread(group_, row_, count_, spread_);
+    for_parts([&](const Matrix<C>& m) { shrink_points(m, spread_); });
+  }
+
+  // The same along a curve.
+  void shrink_along(const Penalty<C>& k, C weight) {
+    double *rho = totals_ + 3 * count_, *gain = totals_ + 2 * count_;
+    for (int64_t g = 0; g < count_; ++g) rho[g] = 0;
+    for (int pass = 0; pass < kCurvePasses; ++pass) {
+      if (pass == 0 || pass + 1 == kCurvePasses) visit(rho, GainTerms());
+      else visit(rho, CurveTerms());
+      bool moves = false;
+      for (int64_t g = 0; g < count_; ++g) {
+        rho[g] = group_curve(pass, rho[g], sums(g), k, weight, gain[g]);
+        moves |= C(rho[g]) != group_[g];
+      }
+      if (!moves && pass + 2 < kCurvePasses) pass = kCurvePasses - 2;  // the decision is next
+    }
+    for (int64_t g = 0; g < count_; ++g) group_[g] = C(rho[g]);
+    spread(group_, row_, count_, spread_);
+    for_parts([&](const Matrix<C>& m) { shrink_points(m, spread_); });
+  }
+
+  // The half-space step, with the old parameters for scales.
+  void project(const Line<C>& line, C lr, C epsilon) {
+    double* none = totals_ + 3 * count_;
+    for (int64_t g = 0; g < count_; ++g) none[g] = 0;
+    visit(none, HalfSpaceTerms());
+    for (int64_t g = 0; g < count_; ++g) group_[g] = half_space_pull(sums(g), line, lr, epsilon);
+    spread(group_, row_, count_, spread_);
+    for_parts([&](const Matrix<C>& m) { half_space_points(m, spread_); });
+  }
+
+ private:
+  template <class F>
+  void for_parts(F f) const {
+    const int64_t rows = elements_ / columns_, rest = elements_ - rows * columns_;
+    f(Matrix<C>{z_, scales_, rows, columns_});
+    if (rest) f(Matrix<C>{z_ + rows * columns_, scales_ + rows * columns_, 1, rest});
+  }
+  void clear() {
+    for (int64_t j = 0; j < 3 * columns_; ++j) sums_[j] = 0;
+  }
+  void set(const double* numbers) {
+    for (int64_t g = 0; g < count_; ++g) group_[g] = C(numbers[g]);
+    spread(group_, row_, count_, spread_);
+    clear();
+  }
+  void total(int how_many) {
+    for (int m = 0; m < how_many; ++m)
+      if (folds_) totals_[m] = sum_lanes<kFold>(sums_ + m * columns_);
+      else sum_rows(sums_ + m * columns_, row_, count_, totals_ + m * count_);
+  }
+  // The sums of each group, of terms that depend on a number of its own.
+  template <class Terms>
+  void visit(const double* numbers, const Terms& terms) {
+    set(numbers);
+    for_parts([&](const Matrix<C>& m) { add_pairs(m, terms, spread_, sums_, sums_ + columns_); });
+    total(2);
+  }
+  // The sums of a step from the norms, a few rows of type C at a time.
+  void visit_root(const double* norms, const Line<C>& line, const Ahead* ahead) {
+    constexpr int64_t kFew = 64;
+    set(norms);
+    bool level = line.slope == C(0);
+    for (int64_t g = 0; g < count_; ++g) level &= group_[g] > positive_scale(C(0));
+    C *a = few_, *b = few_ + columns_, *c = few_ + 2 * columns_;
+    for_parts([&](const Matrix<C>& m) {
+      for (int64_t r = 0; r < m.rows; r += kFew) {
+        const Matrix<C> part{m.z + r * m.columns, m.scales + r * m.columns, std::min(kFew, m.rows - r), m.columns};
+        for (int64_t j = 0; j < 3 * columns_; ++j) few_[j] = C(0);
+        if (!level) add_moments(part, line, spread_, a, b, c);
+        else if (ahead) add_level_moments<true>(part, line.level, spread_, a, b, c, *ahead, r);
+        else add_level_moments<false>(part, line.level, spread_, a, b, c, {}, r);
+        move_up(few_, 3 * columns_, sums_);
+      }
+    });
+    total(3);
+  }
+  Sums sums(int64_t g) const { return {totals_[g], totals_[count_ + g]}; }
+
+  C* z_;
+  const C* scales_;
+  int64_t elements_, count_, columns_, row_;
+  bool folds_;
+  double *sums_, *totals_;
+  C *group_, *spread_;
+  Search* search_;
+  C* few_;
+};
+
+BREGMAN_END
