@@ -90,7 +90,7 @@ def emulated_kernels() -> _backend.Kernels:
 
 def _build(compiler: list[str], sources: list[Path], library: Path) -> None:
     torch_root = Path(torch.__file__).parent
-    flags = ["-O2", "-g", "-std=c++20", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-Wno-unknown-pragmas"]
+    flags = ["-O1", "-g1", "-std=c++20", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-Wno-unknown-pragmas"]
     flags += ["-DBREGMAN_EMULATE", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{ROOT / 'tests/native/emulation'}"]
     flags += [f"-I{torch_root / 'include'}"]
 

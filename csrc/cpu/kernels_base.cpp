@@ -1,5 +1,5 @@
 // The CPU loops for any processor.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
 #pragma GCC optimize("O1")  // for processors older than AVX2: not worth a third of the build's time
 #endif
 #define BREGMAN_ISA base

@@ -16,6 +16,7 @@ struct Driver {
   void (*step)(const PlanView& plan, const void* const* grads, const StepArgs& args, int32_t* counts);
 };
 
+#ifdef BREGMAN_LOOPS
 // csrc/cpu/dispatch.cpp has it, which needs all instruction sets: the same source, compiled three times.
 Scratch& bregman::thread_scratch() {
   static thread_local Scratch scratch;
@@ -36,6 +37,7 @@ inline void cpu_step(const PlanView& plan, const void* const* grads, const StepA
 }
 
 inline Tuning cpu_tuning(int64_t, int64_t) { return random_tuning(); }
+#endif
 
 inline void cuda_step(const PlanView& plan, const void* const* grads, const StepArgs& args, int32_t* counts) {
   const cudaError_t status = step_cuda(plan, plan.base, grads, args, counts, nullptr);
@@ -57,7 +59,12 @@ inline Tuning some_cuda_tuning(int64_t element_bytes, int64_t state_bytes) {
 }
 
 inline const Driver* find_driver(const char* name) {
-  static const Driver drivers[] = {{"cpu", cpu_tuning, cpu_step}, {"cuda", some_cuda_tuning, cuda_step}};
+  static const Driver drivers[] = {
+      {"cuda", some_cuda_tuning, cuda_step},
+#ifdef BREGMAN_LOOPS
+      {"cpu", cpu_tuning, cpu_step},
+#endif
+  };
   for (const Driver& driver : drivers)
     if (!std::strcmp(driver.name, name)) return &driver;
   return nullptr;
