@@ -132,10 +132,20 @@ def visible_archs(nvcc: Nvcc, env: Mapping[str, str] = os.environ) -> str:
 
 
 def gencode_flags(archs: list[str]) -> list[str]:
-    """nvcc's flags for a list from `parse_archs`."""
-    flags = []
-    for arch in archs:
-        number = arch.removesuffix("+PTX").replace(".", "")
-        ptx = f",compute_{number}" if arch.endswith("+PTX") else ""
-        flags.append(f"-gencode=arch=compute_{number},code=[sm_{number}{ptx}]")
-    return flags
+    """nvcc's flags for a list from `parse_archs`.
+
+    Numbers before 10.0 share the PTX of the lowest, and so do those from 10.0 on, for which nvcc has another compiler:
+    for these kernels all PTX of one compiler is the same but for the name of its target (CUDA 13.0, 7.5 to 12.0), and
+    making it is half of the work for an architecture.
+    """
+    numbers = [arch.removesuffix("+PTX").replace(".", "") for arch in archs]
+    plain = [int(number) for number in numbers if number.isdigit()]
+    codes: dict[str, list[str]] = {}
+    for arch, number in zip(archs, numbers, strict=True):
+        alike = [n for n in plain if number.isdigit() and (n < 100) == (int(number) < 100)]
+        base = str(min(alike)) if alike else number
+        code = codes.setdefault(base, [])
+        code.append(f"sm_{number}")
+        if arch.endswith("+PTX"):
+            code.append(f"compute_{base}")
+    return [f"-gencode=arch=compute_{base},code=[{','.join(dict.fromkeys(code))}]" for base, code in codes.items()]

@@ -204,6 +204,11 @@ def test_gencode_flags():
         "-gencode=arch=compute_90a,code=[sm_90a]",
         "-gencode=arch=compute_120,code=[sm_120,compute_120]",
     ]
+    # One PTX for all that the same compiler makes.
+    assert gencode_flags(["9.0+PTX", "8.0", "7.5", "12.0+PTX", "10.0", "10.0+PTX"]) == [
+        "-gencode=arch=compute_75,code=[sm_90,compute_75,sm_80,sm_75]",
+        "-gencode=arch=compute_100,code=[sm_120,compute_100,sm_100]",
+    ]
 
 
 def test_max_jobs():
