@@ -9,6 +9,7 @@ After a change that is worth more registers:  python tests/test_gates.py > tests
 from __future__ import annotations
 
 import itertools
+import os
 import platform
 import re
 import subprocess
@@ -29,6 +30,7 @@ from toolchain import Missing, find_cxx, find_nvcc, gencode_flags  # noqa: E402
 pytestmark = pytest.mark.slow
 
 ARCHS = ("8.0", "9.0")
+KEEP = ("-Xptxas=-v", "--keep")  # .ci/run builds with these too, for both, and names the folder in BREGMAN_TEST_KEPT
 REGISTERS = ROOT / "tests/gates/registers.txt"
 PACKS = {"float": 1, "double": 1, "bf16": 2, "fp16": 2}  # 16-byte packs of state per pack of parameter
 SPACES = ("global", "shared", "param", "local", "const")
@@ -105,35 +107,40 @@ def memory_instructions(ptx: str) -> dict[str, Counter[str]]:
     return found
 
 
-def compile_cuda(source: Path, arch: str, folder: Path) -> list[Kernel]:
-    """The kernels of one file for one architecture: one compilation gives the report and the PTX."""
-    folder.mkdir()
-    command = [find_nvcc().path, *NVCC_FLAGS, *gencode_flags([arch]), "-Icsrc", "-Xptxas=-v", "-cubin", str(source)]
-    command += ["--keep", f"--keep-dir={folder}", "-o", str(folder / "out.cubin")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    log = done.stdout + done.stderr
-    assert done.returncode == 0, log
+def compile_all(folder: Path) -> None:
+    """Leaves what nvcc keeps of the kernels, and its logs, in `folder`."""
+    files = [file for pattern in CUDA_SOURCES for file in sorted(ROOT.glob(pattern))]
+    sources = [file for file in files if "__global__" in file.read_text()]
+    command = [find_nvcc().path, *NVCC_FLAGS, *gencode_flags(list(ARCHS)), "-Icsrc", *KEEP, f"--keep-dir={folder}"]
+
+    def compile_one(source: Path) -> None:
+        full = [*command, "--threads=2", "-c", str(source), "-o", str(folder / f"{source.stem}.o")]
+        done = subprocess.run(full, cwd=ROOT, capture_output=True, text=True, check=False)
+        log = done.stdout + done.stderr
+        assert done.returncode == 0, log
+        (folder / f"{source.stem}.log").write_text(log)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(compile_one, sources))
+
+
+def read_kernels(folder: Path) -> list[Kernel]:
+    """The kernels of a build with the flags KEEP: one PTX serves all architectures."""
     reports = re.findall(
-        r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
-        r".*?Used (\d+) registers", log, re.DOTALL,
-    )  # fmt: skip
+        r"Compiling entry function '(\w+)' for 'sm_(\d+)'\n.*\n"
+        r" *(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n.*Used (\d+) registers",
+        "".join(file.read_text() for file in folder.glob("*.log")),
+    )
     memory = memory_instructions("".join(file.read_text() for file in folder.glob("*.ptx")))
     kernels = []
     names = demangled([report[0] for report in reports])
-    for (symbol, stack, stores, loads, registers), name in zip(reports, names, strict=True):
+    for (symbol, arch, stack, stores, loads, registers), name in zip(reports, names, strict=True):
         walker, rule, dtype, shared = re.search(r"(\w+)_kernel(?:<(\w+), (\w+)(?:, (true|false))?>)?", name).groups("-")
         walker = "shared" if shared == "true" else walker
         spills = int(stores) + int(loads)
+        arch = f"{arch[:-1]}.{arch[-1]}"
         kernels.append(Kernel(arch, walker, rule, dtype, int(registers), int(stack), spills, memory[symbol]))
     return kernels
-
-
-def compile_all(folder: Path) -> list[Kernel]:
-    files = [file for pattern in CUDA_SOURCES for file in sorted(ROOT.glob(pattern))]
-    sources = [file for file in files if "__global__" in file.read_text()]
-    jobs = [(source, arch, folder / f"{source.stem}_{arch}") for source, arch in itertools.product(sources, ARCHS)]
-    with ThreadPoolExecutor(2) as pool:
-        return [kernel for kernels in pool.map(lambda job: compile_cuda(*job), jobs) for kernel in kernels]
 
 
 def budgets() -> dict[tuple[str, ...], int]:
@@ -144,11 +151,15 @@ def budgets() -> dict[tuple[str, ...], int]:
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[Kernel]:
+    if kept := os.environ.get("BREGMAN_TEST_KEPT"):
+        return read_kernels(Path(kept))
     try:
         find_nvcc()
     except Missing as missing:
         pytest.skip(str(missing))
-    return compile_all(tmp_path_factory.mktemp("cuda"))
+    folder = tmp_path_factory.mktemp("cuda")
+    compile_all(folder)
+    return read_kernels(folder)
 
 
 def test_every_kernel_is_there(kernels: list[Kernel]) -> None:
@@ -292,7 +303,9 @@ def test_every_instance_is_vectorised(loops: set[tuple[str, str, int]], function
 if __name__ == "__main__":
     import tempfile
 
-    compiled = compile_all(Path(tempfile.mkdtemp()))
+    with tempfile.TemporaryDirectory() as folder:
+        compile_all(Path(folder))
+        compiled = read_kernels(Path(folder))
     used = {(k.walker, k.rule, k.dtype, k.arch): k.registers for k in compiled}
     archs = ", ".join(f"sm_{arch.replace('.', '')}" for arch in ARCHS)
     print(f"# Registers per thread that a kernel may use: walker, rule, dtype, {archs}")
