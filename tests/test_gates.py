@@ -207,7 +207,6 @@ def test_the_ptx_reader_sees_generic_and_narrow_accesses() -> None:
 # ---------------------------------------------------------------- CPU
 
 # The functions that hold the loops, by file and template arguments.
-MASKED = ("true", "false")
 COMMON = ("NoPenalty", "L1")  # the elementwise penalties that rules are compiled with
 PLAIN = tuple(
     rule for rule in RULES if not constant(rule, "kMetric") and not constant(rule, "kHalfSpace")
@@ -220,15 +219,16 @@ NARROW = tuple(dtype for dtype in PACKS if dtype not in COMPUTE)
 FUNCTIONS = {
     "widen_all": ("stored.h", NARROW),
     "narrow_all": ("stored.h", NARROW),
-    "separable_block": ("separable.h", RULES, COMMON, COMPUTE, MASKED),
-    "advance_run": ("grouped.h", PLAIN, COMMON, COMPUTE, MASKED),
-    "advance_rows": ("grouped.h", ("1", "4"), PLAIN, COMMON, COMPUTE, MASKED),
-    "finish_block": ("grouped.h", PLAIN, COMMON, COMPUTE, MASKED),
-    "advance_points": ("buffered.h", RULES, COMPUTE, MASKED),
-    "finish_points": ("buffered.h", RULES, COMPUTE, MASKED),
-    "prox_points": ("buffered.h", PENALTIES[1:], COMPUTE),
-    "prox_each": ("buffered.h", PENALTIES[1:] if METRIC else (), COMPUTE),
-    "add_squares": ("group_prox.h", COMPUTE),
+    "clear_masked": ("stored.h", COMPUTE),
+    "separable_block": ("separable.h", RULES, COMMON, COMPUTE),
+    "advance_run": ("grouped.h", PLAIN, COMMON, COMPUTE),
+    "advance_rows": ("grouped.h", ("1", "4"), PLAIN, COMMON, COMPUTE),
+    "finish_block": ("grouped.h", PLAIN, COMMON, COMPUTE),
+    "advance_points": ("points.h", RULES, COMPUTE),
+    "finish_points": ("points.h", RULES, COMPUTE),
+    "prox_points": ("points.h", PENALTIES[1:], COMPUTE),
+    "prox_each": ("points.h", PENALTIES[1:] if METRIC else (), COMPUTE),
+    "add_squares": ("points.h", COMPUTE),
     "add_pairs": ("group_prox.h", ("CurveTerms", "GainTerms", "HalfSpaceTerms"), COMPUTE),
     "add_moments": ("group_prox.h", COMPUTE),
     "move_up": ("group_prox.h", COMPUTE),
@@ -242,9 +242,8 @@ def is_missing(function: str, instance: tuple[str, ...]) -> bool:
     """Whether the loop only copies, which GCC hands to memcpy (a late rule's point is its dual as it is stored); or
     takes several rows, which is for rules that read one array beside the gradient."""
     if function == "advance_rows" and instance[0] != "1":
-        return instance[1] not in ONE_ARRAY or instance[-1] == "true"
-    copies = function in ("advance_run", "advance_points") and instance[0] in LATE
-    return copies and "L1" not in instance and instance[-1] == "false"
+        return instance[1] not in ONE_ARRAY
+    return function in ("advance_run", "advance_points") and instance[0] in LATE and "L1" not in instance
 
 
 def loop_lines(file: str, function: str) -> set[int]:

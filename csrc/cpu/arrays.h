@@ -1,4 +1,5 @@
-// A run of one tensor as the CPU loops see it: arrays of the compute type, and mask bits.
+// A run of one tensor as the CPU loops see it: arrays of the compute type. Of masks they know nothing: what a mask leaves
+// out is cleared behind them (stored.h).
 #pragma once
 
 #include <type_traits>
@@ -10,10 +11,6 @@
 #include "step.h"
 
 BREGMAN_BEGIN
-
-constexpr int kBlock = 64;  // elements per mask word
-template <class C>
-using flag_t = std::conditional_t<sizeof(C) == 8, int64_t, int32_t>;
 
 // The arrays of a run, and how one element is loaded and stored.
 template <class Rule, class C>
@@ -51,66 +48,31 @@ struct Arrays {
 #define BREGMAN_LOOP __attribute__((noinline))
 
 // The point of one element before any prox. The first visit advances the state.
-template <bool kAdvance, class Rule, class C, bool kMasked>
-BREGMAN_HD Point<C> point_of(const Arrays<Rule, C>& a, int64_t i, const Scalars<Rule, C>& k, C* s,
-                             const flag_t<C>* keep, int64_t j) {
+template <bool kAdvance, class Rule, class C>
+BREGMAN_HD Point<C> point_of(const Arrays<Rule, C>& a, int64_t i, const Scalars<Rule, C>& k, C* s) {
   const C grad = a.grad[i] * k.grad_scale, param = a.load_param(i);
   a.load_state(i, s);
   if constexpr (kAdvance && !Rule::kLate) {
     Rule::update(grad, param, s, k.h);
-    if constexpr (kMasked)
-      for (int m = 0; m < Rule::kStateSlots; ++m) s[m] = select(keep[j] != 0, s[m], C(0));
     a.store_state(i, s);
   }
-  Point<C> p = Rule::point(grad, param, s, k.h);
-  if constexpr (kMasked) {
-    p.z = select(keep[j] != 0, p.z, C(0));
-    p.scale = select(keep[j] != 0, p.scale, C(0));  // 1 / 0 where a metric has no eps
-  }
-  return p;
+  return Rule::point(grad, param, s, k.h);
 }
 
 // The same with the elementwise prox, before any group's factor.
-template <bool kAdvance, class Rule, class Elementwise, class C, bool kMasked>
-BREGMAN_HD C prox_point(const Arrays<Rule, C>& a, int64_t i, const Scalars<Rule, C>& k, C* s, const flag_t<C>* keep,
-                        int64_t j) {
-  const Point<C> p = point_of<kAdvance, Rule, C, kMasked>(a, i, k, s, keep, j);
+template <bool kAdvance, class Rule, class Elementwise, class C>
+BREGMAN_HD C prox_point(const Arrays<Rule, C>& a, int64_t i, const Scalars<Rule, C>& k, C* s) {
+  const Point<C> p = point_of<kAdvance>(a, i, k, s);
   return Elementwise::prox(p.z, p.scale, k.elementwise);
 }
 
 // The new parameter from the prox point, stored; whether it is non-zero. `s` is the element's state.
-template <class Rule, class C, bool kMasked>
-BREGMAN_HD bool finish_element(const Arrays<Rule, C>& a, int64_t i, const Scalars<Rule, C>& k, C q, C* s,
-                               const flag_t<C>* keep, int64_t j) {
-  C value = finish_rule<Rule, C>(q, a.grad[i] * k.grad_scale, a.load_param(i), s, k.h);
-  if constexpr (kMasked) value = select(keep[j] != 0, value, C(0));
-  if constexpr (Rule::kLate) {
-    if constexpr (kMasked)
-      for (int m = 0; m < Rule::kStateSlots; ++m) s[m] = select(keep[j] != 0, s[m], C(0));
-    a.store_state(i, s);
-  }
+template <class Rule, class C>
+BREGMAN_HD bool finish_element(const Arrays<Rule, C>& a, int64_t i, const Scalars<Rule, C>& k, C q, C* s) {
+  const C value = finish_rule<Rule, C>(q, a.grad[i] * k.grad_scale, a.load_param(i), s, k.h);
+  if constexpr (Rule::kLate) a.store_state(i, s);
   a.param[i] = value;
   return nonzero(value);
-}
-
-// Mask bits [offset, offset + n), n <= 64, one flag per element.
-template <class F>
-void expand_mask(const uint64_t* mask, int64_t offset, int64_t n, F* keep) {
-  int shift = int(offset % kBlock);
-  uint64_t bits = mask[offset / kBlock] >> shift;
-  if (shift + n > kBlock) bits |= mask[offset / kBlock + 1] << (kBlock - shift);
-  for (int64_t j = 0; j < kBlock; ++j) keep[j] = F((bits >> j) & 1);
-}
-
-// Calls f(start, length, keep) for [0, n) in blocks.
-template <class C, class F>
-void for_blocks(const uint64_t* mask, int64_t offset, int64_t n, F f) {
-  flag_t<C> keep[kBlock];
-  for (int64_t j = 0; j < n; j += kBlock) {
-    int64_t length = n - j < kBlock ? n - j : kBlock;
-    expand_mask(mask, offset + j, length, keep);
-    f(j, length, keep);
-  }
 }
 
 BREGMAN_END

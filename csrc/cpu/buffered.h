@@ -1,101 +1,10 @@
-// The loops that keep points in a buffer between the rule and the prox: for elementwise penalties other than none and L1,
-// and for group penalties in a diagonal metric. A loop knows the rule or the penalty, never both, so that each of them
-// costs a user's build a sum of loops and not a product.
+// The steps that keep all points in a buffer (points.h): for elementwise penalties other than none and L1, and for group
+// penalties in a diagonal metric.
 #pragma once
 
 #include "group_prox.h"
 
 BREGMAN_BEGIN
-
-// Advances the state of `rows` rows of n columns and writes their points, and their prox scales where these differ.
-template <class Rule, class C, bool kMasked>
-BREGMAN_LOOP void advance_points(const Arrays<Rule, C> a, int64_t rows, int64_t stride, int64_t n,
-                                 const Scalars<Rule, C> k, C* __restrict__ z, C* __restrict__ scales,
-                                 const flag_t<C>* keep) {
-  for (int64_t r = 0; r < rows; ++r, z += n, scales += n) {
-#pragma GCC ivdep
-    for (int64_t j = 0; j < n; ++j) {
-      C s[kMaxSlots];
-      const Point<C> p = point_of<true, Rule, C, kMasked>(a, r * stride + j, k, s, keep, j);
-      z[j] = p.z;
-      if constexpr (kPaired<Rule>) scales[j] = p.scale;
-    }
-  }
-}
-
-// The new parameters from n prox points; returns how many are non-zero.
-template <class Rule, class C, bool kMasked>
-BREGMAN_LOOP int32_t finish_points(const Arrays<Rule, C> a, int64_t n, const Scalars<Rule, C> k,
-                                   const C* __restrict__ q, const flag_t<C>* keep) {
-  int32_t count = 0;
-#pragma GCC ivdep
-  for (int64_t j = 0; j < n; ++j) {
-    C s[kMaxSlots];
-    a.load_state(j, s);
-    count += finish_element<Rule, C, kMasked>(a, j, k, q[j], s, keep, j);
-  }
-  return count;
-}
-
-// Both with or without a mask, for arrays of any dtype.
-template <class Rule, class T>
-void advance_any(const Stored<Rule, T>& stored, const uint64_t* mask, int64_t base, const Rows& rows, int64_t n,
-                 const Scalars<Rule, compute_t<T>>& k, compute_t<T>* z, compute_t<T>* scales) {
-  using C = compute_t<T>;
-  if constexpr (!stored.kNarrow)
-    if (mask == nullptr) {
-      for (int64_t r = 0; r < rows.outer; ++r, base += rows.outer_stride, z += rows.inner * n, scales += rows.inner * n)
-        advance_points<Rule, C, false>(stored.at(base), rows.inner, rows.inner_stride, n, k, z, scales, nullptr);
-      return;
-    }
-  for (int64_t r = 0; r < rows.outer * rows.inner; ++r) {
-    const int64_t begin = rows.at(base, r);
-    stored.advance(begin, n, [&](const Arrays<Rule, C>& a, int64_t j, int64_t m) {
-      C *to = z + r * n + j, *scale = scales + r * n + j;
-      if (mask == nullptr) return advance_points<Rule, C, false>(a, 1, 0, m, k, to, scale, nullptr);
-      for_blocks<C>(mask, begin + j, m, [&](int64_t i, int64_t length, const flag_t<C>* keep) {
-        advance_points<Rule, C, true>(a.from(i), 1, 0, length, k, to + i, scale + i, keep);
-      });
-    });
-  }
-}
-template <class Rule, class T>
-int32_t finish_any(const Stored<Rule, T>& stored, const uint64_t* mask, int64_t begin, int64_t n,
-                   const Scalars<Rule, compute_t<T>>& k, const compute_t<T>* q) {
-  using C = compute_t<T>;
-  return stored.template store<Visit::second>(begin, n, false, [&](const Arrays<Rule, C>& a, int64_t j, int64_t m) {
-    if (mask == nullptr) return finish_points<Rule, C, false>(a, m, k, q + j, nullptr);
-    int32_t count = 0;
-    for_blocks<C>(mask, begin + j, m, [&](int64_t i, int64_t length, const flag_t<C>* keep) {
-      count += finish_points<Rule, C, true>(a.from(i), length, k, q + j + i, keep);
-    });
-    return count;
-  });
-}
-
-template <class Elementwise, class C>
-BREGMAN_LOOP void prox_points(C* __restrict__ z, int64_t n, C scale, const Penalty<C> k) {
-#pragma GCC ivdep
-  for (int64_t j = 0; j < n; ++j) z[j] = Elementwise::prox(z[j], scale, k);
-}
-template <class Elementwise, class C>
-BREGMAN_LOOP void prox_each(C* __restrict__ z, int64_t n, const C* __restrict__ scales, const Penalty<C> k) {
-#pragma GCC ivdep
-  for (int64_t j = 0; j < n; ++j) z[j] = Elementwise::prox(z[j], scales[j], k);
-}
-
-// The elementwise prox of points in a buffer.
-template <class Rule, class C>
-void prox_buffer(C* z, C* scales, int64_t n, const Scalars<Rule, C>& k) {
-  switch (PenaltyKind(k.elementwise.kind)) {
-#define X(Functor, name) \
-  case PenaltyKind::name: \
-    if constexpr (Rule::kMetric) return prox_each<Functor, C>(z, n, scales, k.elementwise); \
-    else return prox_points<Functor, C>(z, n, uniform_scale<Rule, C>(k.h), k.elementwise);
-    BREGMAN_PENALTIES(X)
-#undef X
-  }
-}
 
 template <class Rule, class T>
 void run_separable_buffered(const PlanView& plan, const Item& item, const void* grad, const StepArgs& args,
@@ -108,9 +17,9 @@ void run_separable_buffered(const PlanView& plan, const Item& item, const void* 
   int32_t count = 0;
   for (int64_t j = 0; j < item.count; j += kBuffer) {
     const int64_t begin = item.begin + j, n = item.count - j < kBuffer ? item.count - j : kBuffer;
-    advance_any(stored, t.mask, begin, {1, 1, 0, 0}, n, k, z, scales);
+    advance_any(stored, begin, {1, 1, 0, 0}, n, k, z, scales);
     prox_buffer<Rule, C>(z, scales, n, k);
-    count += finish_any(stored, t.mask, begin, n, k, z);
+    count += finish_any(stored, begin, n, k, z);
   }
   if (counts == nullptr) return;
   counts[0] = count;
@@ -134,7 +43,7 @@ struct PointGroups : TileOf<Rule, T> {
     Line<C> line{};
     bool straight = false;
     if constexpr (kPaired<Rule>) straight = line_of(k.radial, C(t.weight), Rule::kMetric, line);
-    advance_any(stored, t.mask, base, this->all_rows(), columns, k, z, scales);
+    advance_any(stored, base, this->all_rows(), columns, k, z, scales);
     if (k.elementwise.kind != 0) prox_buffer<Rule, C>(z, scales, elements, k);
     if constexpr (Rule::kMetric) {
       auto add_old = [&](int64_t first, const Rows& part, int64_t n, double* sums) {
@@ -154,7 +63,7 @@ struct PointGroups : TileOf<Rule, T> {
     }
     int32_t nonzeros = 0;
     for (int64_t r = 0; r < rows; ++r)
-      nonzeros += finish_any(stored, t.mask, this->offset(base, r), columns, k, z + r * columns);
+      nonzeros += finish_any(stored, this->offset(base, r), columns, k, z + r * columns);
     if (alive != nullptr)
       for (int64_t m = 0; m < count; ++m) *alive += this->any_nonzero(base + m * row);
     return nonzeros;

@@ -42,14 +42,6 @@ struct Matrix {
   int64_t rows, columns;
 };
 
-template <class C>
-BREGMAN_LOOP void add_squares(const C* __restrict__ z, int64_t rows, int64_t columns, double* __restrict__ sums) {
-  for (int64_t r = 0; r < rows; ++r, z += columns) {
-#pragma GCC ivdep
-    for (int64_t j = 0; j < columns; ++j) sums[j] = add_square(sums[j], z[j]);
-  }
-}
-
 // What pairs of sums are made of: of points, their scales, and a number per column.
 struct CurveTerms {
   template <class C>

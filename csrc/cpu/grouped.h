@@ -3,26 +3,16 @@
 // again from the state, which the caches still hold, or in strips, which memory does.
 #pragma once
 
-#include "stored.h"
+#include "points.h"
 
 BREGMAN_BEGIN
 
-// Squares are summed in float64: the square of a float is exact there, fused or not.
-template <class C>
-BREGMAN_HD double add_square(double sum, C x) {
-  const double value = double(x);
-#if defined(BREGMAN_FMA)
-  if constexpr (sizeof(C) == 4) return __builtin_fma(value, value, sum);
-#endif
-  return sum + value * value;
-}
-
 // First visit of n neighbours of one group. Element j adds to lanes[j % kLanes], an order that depends on n alone.
 constexpr int kLanes = 32;
-static_assert(kBuffer % kLanes == 0 && kBlock % kLanes == 0);
-template <class Rule, class Elementwise, class C, bool kMasked>
-BREGMAN_LOOP void advance_run(const Arrays<Rule, C> a, int64_t n, const Scalars<Rule, C> k, double* __restrict__ lanes,
-                              const flag_t<C>* keep) {
+static_assert(kBuffer % kLanes == 0);
+template <class Rule, class Elementwise, class C>
+BREGMAN_LOOP void advance_run(const Arrays<Rule, C> a, int64_t n, const Scalars<Rule, C> k,
+                              double* __restrict__ lanes) {
   double sums[kLanes];
   for (int m = 0; m < kLanes; ++m) sums[m] = lanes[m];
   int64_t j = 0;
@@ -31,7 +21,7 @@ BREGMAN_LOOP void advance_run(const Arrays<Rule, C> a, int64_t n, const Scalars<
 #pragma GCC ivdep
     for (int m = 0; m < kLanes; ++m) {
       C s[kMaxSlots];
-      q[m] = prox_point<true, Rule, Elementwise, C, kMasked>(a, j + m, k, s, keep, j + m);
+      q[m] = prox_point<true, Rule, Elementwise>(a, j + m, k, s);
     }
     for (int m = 0; m < kLanes; ++m) sums[m] = add_square(sums[m], q[m]);
   }
@@ -39,17 +29,10 @@ BREGMAN_LOOP void advance_run(const Arrays<Rule, C> a, int64_t n, const Scalars<
 #pragma GCC ivdep
   for (int64_t m = 0; m < rest; ++m) {
     C s[kMaxSlots];
-    sums[m] = add_square(sums[m], prox_point<true, Rule, Elementwise, C, kMasked>(a, j + m, k, s, keep, j + m));
+    sums[m] = add_square(sums[m], prox_point<true, Rule, Elementwise>(a, j + m, k, s));
   }
   for (int m = 0; m < kLanes; ++m) lanes[m] = sums[m];
 }
-
-// Where the rows of a tile begin, from its first: `outer` times `inner` of them.
-struct Rows {
-  int64_t outer, inner, outer_stride, inner_stride;
-
-  int64_t at(int64_t base, int64_t r) const { return base + (r / inner) * outer_stride + (r % inner) * inner_stride; }
-};
 
 // Asks for what the first visit of n neighbours will read. Rows of a tile are too short for the processor to foresee.
 template <class Rule, class T>
@@ -65,15 +48,15 @@ BREGMAN_HD void fetch(const Stored<Rule, T>& stored, int64_t begin, int64_t n) {
 }
 
 // First visit of kRows rows of n columns, each of which has a sum of its own.
-template <int kRows, class Rule, class Elementwise, class C, bool kMasked>
+template <int kRows, class Rule, class Elementwise, class C>
 BREGMAN_LOOP void advance_rows(const Arrays<Rule, C> a, int64_t stride, int64_t n, const Scalars<Rule, C> k,
-                               double* __restrict__ sums, const flag_t<C>* keep) {
+                               double* __restrict__ sums) {
 #pragma GCC ivdep
   for (int64_t j = 0; j < n; ++j) {
     double sum = sums[j];
     for (int r = 0; r < kRows; ++r) {
       C s[kMaxSlots];
-      sum = add_square(sum, prox_point<true, Rule, Elementwise, C, kMasked>(a, r * stride + j, k, s, keep, j));
+      sum = add_square(sum, prox_point<true, Rule, Elementwise>(a, r * stride + j, k, s));
     }
     sums[j] = sum;
   }
@@ -91,26 +74,26 @@ void advance_columns(const Stored<Rule, T>& stored, int64_t base, const Rows& ro
     int64_t inner = 0, begin = base + outer * rows.outer_stride;
     if constexpr (!stored.kNarrow && Rule::kReadsParam + Rule::kStateSlots == 1)
       for (; whole && inner + kSide <= rows.inner; inner += kSide, begin += kSide * n)
-        advance_rows<kSide, Rule, Elementwise, C, false>(stored.at(begin), n, n, k, sums, nullptr);
+        advance_rows<kSide, Rule, Elementwise, C>(stored.at(begin), n, n, k, sums);
     for (; inner < rows.inner; ++inner, begin += rows.inner_stride) {
       if (!whole && inner + ahead < rows.inner) fetch(stored, begin + ahead * rows.inner_stride, n);
-      stored.advance(begin, n, [&](const Arrays<Rule, C>& a, int64_t j, int64_t m) {
-        advance_rows<1, Rule, Elementwise, C, false>(a, 0, m, k, sums + j, nullptr);
+      stored.advance(begin, n, [&](const Arrays<Rule, C>& a, int64_t j, int64_t m, auto) {
+        advance_rows<1, Rule, Elementwise, C>(a, 0, m, k, sums + j);
       });
     }
   }
 }
 
 // Second visit of n neighbours: shrink by the groups' factors, and finish; returns how many are non-zero.
-template <class Rule, class Elementwise, class C, bool kMasked>
+template <class Rule, class Elementwise, class C>
 BREGMAN_LOOP int32_t finish_block(const Arrays<Rule, C> a, int64_t n, const Scalars<Rule, C> k,
-                                  const C* __restrict__ factors, const flag_t<C>* keep) {
+                                  const C* __restrict__ factors) {
   int32_t count = 0;
 #pragma GCC ivdep
   for (int64_t j = 0; j < n; ++j) {
     C s[kMaxSlots];
-    const C q = prox_point<false, Rule, Elementwise, C, kMasked>(a, j, k, s, keep, j);
-    count += finish_element<Rule, C, kMasked>(a, j, k, q * factors[j], s, keep, j);
+    const C q = prox_point<false, Rule, Elementwise>(a, j, k, s);
+    count += finish_element(a, j, k, q * factors[j], s);
   }
   return count;
 }
@@ -216,27 +199,36 @@ struct Groups : TileOf<Rule, T> {
 
   Groups(const PlanView& plan, const TensorRecord& record, const void* grad, const StepArgs& args, int64_t strip = 0)
       : Base(record, grad, args, strip), scale(uniform_scale<Rule, C>(k.h) * C(t.weight)),
-        stream(streams<Rule, T>(plan, t) && t.mask == nullptr), phase(args.phase),
+        stream(streams<Rule, T>(plan, t)), phase(args.phase),
         values(phase == Phase::whole && !strip ? nullptr : plan.numbers(t)) {}
 
+  // Where there is a mask, points that it leaves out must not be summed: calls f(points, j, m) for all n neighbours.
+  template <class F>
+  void masked_points(int64_t begin, int64_t n, F f) const {
+    alignas(64) C z[kBuffer];
+    for (int64_t j = 0; j < n; j += kBuffer) {
+      const int64_t m = std::min(kBuffer, n - j);
+      advance_any(stored, begin + j, {1, 1, 0, 0}, m, k, z, z);
+      if (k.elementwise.kind != 0) prox_buffer<Rule, C>(z, z, m, k);
+      f(z, j, m);
+    }
+  }
+
   void advance_one(int64_t begin, int64_t n, double* lanes) const {
-    stored.advance(begin, n, [&](const Arrays<Rule, C>& a, int64_t j, int64_t m) {
-      if (t.mask == nullptr) return advance_run<Rule, Elementwise, C, false>(a, m, k, lanes, nullptr);
-      for_blocks<C>(t.mask, begin + j, m, [&](int64_t i, int64_t length, const flag_t<C>* keep) {
-        advance_run<Rule, Elementwise, C, true>(a.from(i), length, k, lanes, keep);
+    if (t.mask == nullptr)
+      return stored.advance(begin, n, [&](const Arrays<Rule, C>& a, int64_t, int64_t m, auto) {
+        advance_run<Rule, Elementwise, C>(a, m, k, lanes);
       });
+    masked_points(begin, n, [&](const C* z, int64_t, int64_t m) {
+      const int64_t whole = m / kLanes * kLanes;
+      add_squares(z, m / kLanes, kLanes, lanes);
+      add_squares(z + whole, 1, m - whole, lanes);
     });
   }
   void advance_tile(int64_t base, int64_t n, double* sums) const {
     if (t.mask == nullptr) return advance_columns<Elementwise>(stored, base, all_rows(), n, k, sums);
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t begin = offset(base, r);
-      stored.advance(begin, n, [&](const Arrays<Rule, C>& a, int64_t j, int64_t m) {
-        for_blocks<C>(t.mask, begin + j, m, [&](int64_t i, int64_t length, const flag_t<C>* keep) {
-          advance_rows<1, Rule, Elementwise, C, true>(a.from(i), 0, length, k, sums + j + i, keep);
-        });
-      });
-    }
+    for (int64_t r = 0; r < rows; ++r)
+      masked_points(offset(base, r), n, [&](const C* z, int64_t j, int64_t m) { add_squares(z, 1, m, sums + j); });
   }
 
   // The rest of rows of n columns; meanwhile asks for the next tile, `next` elements a row.
@@ -248,12 +240,7 @@ struct Groups : TileOf<Rule, T> {
       const int64_t begin = offset(base, r);
       fetch(stored, begin + n, next);
       count += stored.template store<Visit::second>(begin, n, past, [&](const Arrays<Rule, C>& a, int64_t j, int64_t m) {
-        if (t.mask == nullptr) return finish_block<Rule, Elementwise, C, false>(a, m, k, factors + j, nullptr);
-        int32_t found = 0;
-        for_blocks<C>(t.mask, begin + j, m, [&](int64_t i, int64_t length, const flag_t<C>* keep) {
-          found += finish_block<Rule, Elementwise, C, true>(a.from(i), length, k, factors + j + i, keep);
-        });
-        return found;
+        return finish_block<Rule, Elementwise, C>(a, m, k, factors + j);
       });
     }
     return count;

@@ -1,4 +1,5 @@
-// One tensor as it lies in memory: what loops of the compute type make of 16-bit arrays, and writes past the caches.
+// One tensor as it lies in memory: what loops of the compute type make of 16-bit arrays, masks, and writes past the
+// caches.
 #pragma once
 
 #include "../plan/plan.h"
@@ -6,7 +7,7 @@
 
 BREGMAN_BEGIN
 
-constexpr int64_t kBuffer = 1024;  // elements that are converted, or written past the caches, at a time
+constexpr int64_t kBuffer = 1024;  // elements that are converted, masked, or written past the caches, at a time
 template <class T>
 constexpr int64_t kLine = int64_t(64 / sizeof(T));  // elements per memory line
 
@@ -14,7 +15,7 @@ constexpr int64_t kLine = int64_t(64 / sizeof(T));  // elements per memory line
 constexpr int64_t kStreamBytes = 16 << 20;
 template <class Rule, class T>
 bool streams(const PlanView& plan, const TensorRecord& t) {
-  return !Rule::kReadsParam && plan.header().elements * int64_t(sizeof(T)) >= kStreamBytes &&
+  return !Rule::kReadsParam && t.mask == nullptr && plan.header().elements * int64_t(sizeof(T)) >= kStreamBytes &&
          reinterpret_cast<uintptr_t>(t.param) % 64 == 0;
 }
 
@@ -84,6 +85,38 @@ BREGMAN_LOOP int32_t narrow_all(const float* __restrict__ from, int64_t n, T* __
   return count;
 }
 
+// One flag per element of a mask's bits [offset, offset + n), n <= kBuffer, as wide as the elements.
+template <class C>
+using flag_t = std::conditional_t<sizeof(C) == 8, int64_t, int32_t>;
+template <class C>
+struct Keep {
+  flag_t<C> flags[kBuffer];
+
+  Keep(const uint64_t* mask, int64_t offset, int64_t n) {
+    constexpr int kBits = 64;
+    for (int64_t j = 0; j < n; j += kBits, offset += kBits) {
+      const int shift = int(offset % kBits);
+      uint64_t bits = mask[offset / kBits] >> shift;
+      if (shift + std::min<int64_t>(n - j, kBits) > kBits) bits |= mask[offset / kBits + 1] << (kBits - shift);
+      const uint32_t halves[] = {uint32_t(bits), uint32_t(bits >> 32)};  // 64-bit shifts take ten times as long
+      for (int half = 0; half < 2; ++half)
+        for (int m = 0; m < 32; ++m) flags[j + 32 * half + m] = flag_t<C>((halves[half] >> m) & 1);
+    }
+  }
+};
+// Sets to zero those of n elements that a mask leaves out; returns how many are non-zero then.
+template <class C>
+BREGMAN_LOOP int32_t clear_masked(C* __restrict__ x, int64_t n, const flag_t<C>* __restrict__ keep) {
+  int32_t count = 0;
+#pragma GCC ivdep
+  for (int64_t j = 0; j < n; ++j) {
+    const C value = select(keep[j] != 0, x[j], C(0));
+    x[j] = value;
+    count += nonzero(value);
+  }
+  return count;
+}
+
 // Whether a visit needs the gradient: to a second one the state tells all, if there is any, but for late rules.
 enum class Visit { first, second, only };
 template <class Rule>
@@ -98,11 +131,12 @@ struct Stored {
   static constexpr bool kMaster = Rule::kReadsParam && kNarrow;
   T* param;
   const T* grad;
+  const uint64_t* mask;
   Arrays<Rule, C> state;  // its slots
   C* master = nullptr;
 
   Stored(const TensorRecord& t, const void* grads)
-      : param(static_cast<T*>(t.param)), grad(static_cast<const T*>(grads)),
+      : param(static_cast<T*>(t.param)), grad(static_cast<const T*>(grads)), mask(t.mask),
         state{nullptr, nullptr, static_cast<C*>(t.state[0]), static_cast<C*>(t.state[1]), static_cast<C*>(t.state[2])} {
     static_assert(Rule::kStateSlots <= 3 && Rule::kStateSlots + kMaster <= kMaxSlots);
     if constexpr (kMaster) master = static_cast<C*>(t.state[Rule::kStateSlots]);
@@ -114,33 +148,53 @@ struct Stored {
     return state.with(param + begin, grad + begin, begin);
   }
 
-  // Calls f(arrays, j, m) for runs of m elements from `begin` + j on, n in all, before parameters are stored.
+  // Calls f(arrays, j, m, keep) for runs of m elements from `begin` + j on, n in all, before parameters are stored; `keep`
+  // has the flags of a mask, if there is one. State that it leaves out becomes zero behind f.
   template <class F>
   void advance(int64_t begin, int64_t n, F f) const {
-    if constexpr (kNarrow) converted<Visit::first>(begin, n, f);
-    else f(at(begin), 0, n);
+    auto masked = [&](const Arrays<Rule, C>& a, int64_t j, int64_t m) {
+      if (mask == nullptr) return f(a, j, m, nullptr);
+      const Keep<C> keep(mask, begin + j, m);
+      f(a, j, m, keep.flags);
+      if (!Rule::kLate) clear_state(begin + j, m, keep);
+    };
+    if constexpr (kNarrow) converted<Visit::first>(begin, n, masked);
+    else if (mask == nullptr) f(at(begin), 0, n, nullptr);
+    else for_buffers(n, [&](int64_t j, int64_t m) { masked(at(begin + j), j, m); });
   }
 
-  // The same, storing parameters, past the caches if `stream`; returns how many are non-zero, as f does.
+  // Calls f(arrays, j, m) likewise, storing parameters, past the caches if `stream`, zeros where a mask says so; returns how
+  // many are non-zero, as f does.
   template <Visit kVisit, class F>
   int32_t store(int64_t begin, int64_t n, bool stream, F f) const {
     int32_t count = 0;
+    auto masked = [&](const Arrays<Rule, C>& a, int64_t i, int64_t m) {
+      const Keep<C> keep(mask, i, m);
+      if (kVisit == Visit::only || Rule::kLate) clear_state(i, m, keep);
+      return clear_masked(a.param, m, keep.flags);
+    };
     if constexpr (kNarrow) {
       T stored[kBuffer];
       converted<kVisit>(begin, n, [&](const Arrays<Rule, C>& a, int64_t j, int64_t m) {
         f(a, j, m);
+        if (mask != nullptr) masked(a, begin + j, m);
         count += narrow_all(a.param, m, stream ? stored : param + begin + j);
         if (stream) stream_copy(param + begin + j, stored, m * int64_t(sizeof(T)));
       });
     } else if (stream) {
       alignas(64) C stored[kBuffer];
-      for (int64_t j = 0; j < n; j += kBuffer) {
-        const int64_t m = std::min(kBuffer, n - j);
+      for_buffers(n, [&](int64_t j, int64_t m) {
         Arrays<Rule, C> a = at(begin + j);
         a.param = stored;
         count += f(a, j, m);
         stream_copy(param + begin + j, stored, m * int64_t(sizeof(T)));
-      }
+      });
+    } else if (mask != nullptr) {
+      for_buffers(n, [&](int64_t j, int64_t m) {
+        const Arrays<Rule, C> a = at(begin + j);
+        f(a, j, m);
+        count += masked(a, begin + j, m);
+      });
     } else {
       count = f(at(begin), 0, n);
     }
@@ -162,23 +216,29 @@ struct Stored {
       f(master + begin, 0, n);
     } else {
       alignas(64) C wide[kBuffer];
-      for (int64_t j = 0; j < n; j += kBuffer) {
-        const int64_t m = std::min(kBuffer, n - j);
+      for_buffers(n, [&](int64_t j, int64_t m) {
         widen_all(param + begin + j, m, wide);
         f(wide, j, m);
-      }
+      });
     }
   }
 
  private:
+  template <class F>
+  static void for_buffers(int64_t n, F f) {
+    for (int64_t j = 0; j < n; j += kBuffer) f(j, std::min(kBuffer, n - j));
+  }
   template <Visit kVisit, class F>
   void converted(int64_t begin, int64_t n, F f) const {
     alignas(64) C grads[kBuffer], params[kBuffer];
-    for (int64_t j = 0; j < n; j += kBuffer) {
-      const int64_t m = std::min(kBuffer, n - j);
+    for_buffers(n, [&](int64_t j, int64_t m) {
       if constexpr (reads_grad<Rule>(kVisit)) widen_all(grad + begin + j, m, grads);
       f(state.with(kMaster ? master + begin + j : params, grads, begin + j), j, m);
-    }
+    });
+  }
+  void clear_state(int64_t begin, int64_t n, const Keep<C>& keep) const {
+    C* const slots[] = {state.slot0, state.slot1, state.slot2};
+    for (int s = Rule::kFixedSlots; s < Rule::kStateSlots; ++s) clear_masked(slots[s] + begin, n, keep.flags);
   }
 };
 
