@@ -2,8 +2,6 @@
 // out is cleared behind them (stored.h).
 #pragma once
 
-#include <type_traits>
-
 #include "../math/dtypes.h"
 #include "../math/radial.h"
 #include "../math/rule_list.h"
@@ -26,7 +24,6 @@ struct Arrays {
     auto from = [i](C* slot, int number) { return number < Rule::kStateSlots ? slot + i : nullptr; };
     return {params, grads, from(slot0, 0), from(slot1, 1), from(slot2, 2)};
   }
-  Arrays from(int64_t i) const { return with(param + i, grad + i, i); }
 
   BREGMAN_HD void load_state(int64_t i, C* s) const {
     if constexpr (Rule::kStateSlots > 0) s[0] = slot0[i];

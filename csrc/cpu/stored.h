@@ -2,6 +2,8 @@
 // caches.
 #pragma once
 
+#include <type_traits>
+
 #include "../plan/plan.h"
 #include "arrays.h"
 
