@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-# Code for 8.0 also runs on 8.6 to 8.9 (same major); 9.0's PTX on all that is newer, once a driver has compiled it. On 2
-# CPUs a build takes 3.5 minutes with these two (2026-11-27), 3 with one; 7.5, 10.0 and 12.0 beside them took it to 6.
+# Code for 8.0 also runs on 8.6 to 8.9 (same major); PTX on all that is newer, once a driver has compiled it. A further
+# architecture costs about 100 seconds of a core, and one from 10.0 on as much again for its PTX.
 DEFAULT_ARCHS = "8.0;9.0+PTX"
 
 
