@@ -87,9 +87,9 @@ BREGMAN_LOOP int32_t narrow_all(const float* __restrict__ from, int64_t n, T* __
   return count;
 }
 
-// One flag per element of a mask's bits [offset, offset + n), n <= kBuffer, as wide as the elements.
+// One flag per element of a mask's bits [offset, offset + n), n <= kBuffer.
 template <class C>
-using flag_t = std::conditional_t<sizeof(C) == 8, int64_t, int32_t>;
+using flag_t = std::conditional_t<sizeof(C) == 8, int64_t, int32_t>;  // as wide as the element
 template <class C>
 struct Keep {
   flag_t<C> flags[kBuffer];
