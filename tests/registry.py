@@ -206,7 +206,7 @@ def takes(rule: str, reg: str) -> bool:
 
 PAIRS = [(rule, reg) for rule in EVERY_RULE for reg in REGULARIZERS if takes(rule, reg)]
 # Rules meet penalties in few places: none and l1 are compiled into their loops, all others work on a buffer of points
-# (csrc/cpu/points.h) or behind a switch (CUDA). So: some rules with all, all rules with some; hypothesis draws more.
+# (csrc/cpu/loops.h) or behind a switch (CUDA). So: some rules with all, all rules with some; hypothesis draws more.
 _ALL_REGULARIZERS = ("linbreg_paper", "proxsgd_momentum", "proxadam", "hspg")
 _ALL_RULES = ("none", "l1", "group_out", "group_in", "sparse_group_out")
 CROSSED = [(rule, reg) for rule, reg in PAIRS if rule in _ALL_REGULARIZERS or reg in _ALL_RULES]

@@ -17,11 +17,11 @@ struct Ahead {
   int streams = 0;
 
   Ahead() = default;
-  template <class Rule, class T>
-  Ahead(const Stored<Rule, T>& stored, int64_t begin, int64_t row_stride) : row_stride(row_stride) {
+  template <class T>
+  Ahead(const Stored<T>& stored, int64_t begin, int64_t row_stride) : row_stride(row_stride) {
     add(stored.grad, begin);
-    if constexpr (Rule::kStateSlots > 0) add(stored.state.slot0, begin);
-    if constexpr (Rule::kStateSlots > 1) add(stored.state.slot1, begin);
+    if (stored.state.slot0) add(stored.state.slot0, begin);
+    if (stored.state.slot1) add(stored.state.slot1, begin);
   }
   template <class T>
   void add(const T* array, int64_t begin) {

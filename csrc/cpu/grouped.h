@@ -7,95 +7,37 @@
 
 BREGMAN_BEGIN
 
-// First visit of n neighbours of one group. Element j adds to lanes[j % kLanes], an order that depends on n alone.
-constexpr int kLanes = 32;
-static_assert(kBuffer % kLanes == 0);
-template <class Rule, class Elementwise, class C>
-BREGMAN_LOOP void advance_run(const Arrays<Rule, C> a, int64_t n, const Scalars<Rule, C> k,
-                              double* __restrict__ lanes) {
-  double sums[kLanes];
-  for (int m = 0; m < kLanes; ++m) sums[m] = lanes[m];
-  int64_t j = 0;
-  for (; j + kLanes <= n; j += kLanes) {
-    C q[kLanes];
-#pragma GCC ivdep
-    for (int m = 0; m < kLanes; ++m) {
-      C s[kMaxSlots];
-      q[m] = prox_point<true, Rule, Elementwise>(a, j + m, k, s);
-    }
-    for (int m = 0; m < kLanes; ++m) sums[m] = add_square(sums[m], q[m]);
-  }
-  const int64_t rest = n - j;
-#pragma GCC ivdep
-  for (int64_t m = 0; m < rest; ++m) {
-    C s[kMaxSlots];
-    sums[m] = add_square(sums[m], prox_point<true, Rule, Elementwise>(a, j + m, k, s));
-  }
-  for (int m = 0; m < kLanes; ++m) lanes[m] = sums[m];
-}
-
 // Asks for what the first visit of n neighbours will read. Rows of a tile are too short for the processor to foresee.
-template <class Rule, class T>
-BREGMAN_HD void fetch(const Stored<Rule, T>& stored, int64_t begin, int64_t n) {
+template <class T>
+void fetch(const Stored<T>& stored, int64_t begin, int64_t n) {
   using C = compute_t<T>;
   for (int64_t j = 0; j < n; j += kLine<T>) __builtin_prefetch(stored.grad + begin + j, 0, 2);
-  for (int64_t j = 0; j < n; j += kLine<C>) {
-    if constexpr (Rule::kStateSlots > 0) __builtin_prefetch(stored.state.slot0 + begin + j, 0, 2);
-    if constexpr (Rule::kStateSlots > 1) __builtin_prefetch(stored.state.slot1 + begin + j, 0, 2);
-    if constexpr (Rule::kStateSlots > 2) __builtin_prefetch(stored.state.slot2 + begin + j, 0, 2);
-    if constexpr (Rule::kReadsParam) __builtin_prefetch(stored.old_param(begin + j), 0, 2);
-  }
+  for (const C* slot : {stored.state.slot0, stored.state.slot1, stored.state.slot2})
+    for (int64_t j = 0; slot && j < n; j += kLine<C>) __builtin_prefetch(slot + begin + j, 0, 2);
+  for (int64_t j = 0; stored.rule.reads_param && j < n; j += kLine<C>)
+    __builtin_prefetch(stored.old_param(begin + j), 0, 2);
 }
 
-// First visit of kRows rows of n columns, each of which has a sum of its own.
-template <int kRows, class Rule, class Elementwise, class C>
-BREGMAN_LOOP void advance_rows(const Arrays<Rule, C> a, int64_t stride, int64_t n, const Scalars<Rule, C> k,
-                               double* __restrict__ sums) {
-#pragma GCC ivdep
-  for (int64_t j = 0; j < n; ++j) {
-    double sum = sums[j];
-    for (int r = 0; r < kRows; ++r) {
-      C s[kMaxSlots];
-      sum = add_square(sum, prox_point<true, Rule, Elementwise>(a, r * stride + j, k, s));
-    }
-    sums[j] = sum;
-  }
-}
-
-template <class Elementwise, class Rule, class T>
-void advance_columns(const Stored<Rule, T>& stored, int64_t base, const Rows& rows, int64_t n,
-                     const Scalars<Rule, compute_t<T>>& k, double* sums) {
+template <class T>
+void advance_columns(const Stored<T>& stored, int64_t base, const Rows& rows, int64_t n, const Step<compute_t<T>>& step,
+                     const FusedLoops<compute_t<T>>& loops, double* sums) {
   using C = compute_t<T>;
   constexpr int64_t kAhead = 512;  // elements
-  constexpr int64_t kSide = 4;     // rows, as long as that makes few enough streams for the processor to foresee
+  constexpr int64_t kSide = 4;     // rows
   const bool whole = rows.inner_stride == n;  // one long run, whose sums do not fit in L1
   const int64_t ahead = ceil_div(kAhead, n);
   for (int64_t outer = 0; outer < rows.outer; ++outer) {
     int64_t inner = 0, begin = base + outer * rows.outer_stride;
-    if constexpr (!stored.kNarrow && Rule::kReadsParam + Rule::kStateSlots == 1)
-      for (; whole && inner + kSide <= rows.inner; inner += kSide, begin += kSide * n)
-        advance_rows<kSide, Rule, Elementwise, C>(stored.at(begin), n, n, k, sums);
+    if constexpr (!stored.kNarrow)
+      for (; loops.advance_four && whole && inner + kSide <= rows.inner; inner += kSide, begin += kSide * n)
+        loops.advance_four(stored.at(begin), n, n, step, sums);
     for (; inner < rows.inner; ++inner, begin += rows.inner_stride) {
       if (!whole && inner + ahead < rows.inner) fetch(stored, begin + ahead * rows.inner_stride, n);
-      stored.advance(begin, n, [&](const Arrays<Rule, C>& a, int64_t j, int64_t m, auto) {
-        advance_rows<1, Rule, Elementwise, C>(a, 0, m, k, sums + j);
+      stored.advance(begin, n, [&](const Arrays<C>& a, int64_t j, int64_t m, auto) {
+        loops.advance_row(a, 0, m, step, sums + j);
       });
     }
   }
-}
-
-// Second visit of n neighbours: shrink by the groups' factors, and finish; returns how many are non-zero.
-template <class Rule, class Elementwise, class C>
-BREGMAN_LOOP int32_t finish_block(const Arrays<Rule, C> a, int64_t n, const Scalars<Rule, C> k,
-                                  const C* __restrict__ factors) {
-  int32_t count = 0;
-#pragma GCC ivdep
-  for (int64_t j = 0; j < n; ++j) {
-    C s[kMaxSlots];
-    const C q = prox_point<false, Rule, Elementwise>(a, j, k, s);
-    count += finish_element(a, j, k, q * factors[j], s);
-  }
-  return count;
 }
 
 template <int kCount = kLanes>
@@ -153,18 +95,17 @@ void spread(const C* __restrict__ factor, int64_t row, int64_t count, C* __restr
 }
 
 // Groups of one tensor, or a strip of it: rows of contiguous columns, `row` of them per group.
-template <class Rule, class T>
+template <class T>
 struct TileOf {
   using C = compute_t<T>;
   const TensorRecord& t;
-  const Scalars<Rule, C> k;
-  const Stored<Rule, T> stored;
+  const Step<C>& step;
+  const Stored<T> stored;
   const int64_t row, rows, inner, row_stride, r0_stride;
   Scratch& scratch = thread_scratch();
 
-  TileOf(const TensorRecord& record, const void* grad, const StepArgs& args, int64_t strip = 0)
-      : t(record), k(Scalars<Rule, C>::from(args.scalars, args.elementwise, args.radial)), stored(record, grad),
-        row(t.layout.r2), rows(strip ? strip : t.layout.rows()), inner(strip ? strip : t.layout.r1),
+  TileOf(const TensorRecord& record, const void* grad, const Step<C>& step, int64_t strip = 0)
+      : t(record), step(step), stored(record, grad, step.rule), row(t.layout.r2), rows(strip ? strip : t.layout.rows()), inner(strip ? strip : t.layout.r1),
         row_stride(t.layout.g2 * row), r0_stride(t.layout.g1 * inner * row_stride) {}
 
   int64_t offset(int64_t base, int64_t r) const { return all_rows().at(base, r); }
@@ -186,20 +127,22 @@ struct Share {
 };
 
 // Those whose points are computed again on the second visit.
-template <class Rule, class Elementwise, class T>
-struct Groups : TileOf<Rule, T> {
+template <class T>
+struct Groups : TileOf<T> {
   using C = compute_t<T>;
-  using Base = TileOf<Rule, T>;
-  using Base::all_rows, Base::inner, Base::k, Base::offset, Base::r0_stride, Base::row, Base::row_stride, Base::rows,
-      Base::scratch, Base::stored, Base::t;
+  using Base = TileOf<T>;
+  using Base::all_rows, Base::inner, Base::offset, Base::r0_stride, Base::row, Base::row_stride, Base::rows,
+      Base::scratch, Base::step, Base::stored, Base::t;
+  const FusedLoops<C>& loops;
   const C scale;
   const bool stream;
   const Phase phase;
   double* const values;  // where phases leave numbers
 
-  Groups(const PlanView& plan, const TensorRecord& record, const void* grad, const StepArgs& args, int64_t strip = 0)
-      : Base(record, grad, args, strip), scale(uniform_scale<Rule, C>(k.h) * C(t.weight)),
-        stream(streams<Rule, T>(plan, t)), phase(args.phase),
+  Groups(const PlanView& plan, const TensorRecord& record, const void* grad, const Step<C>& step,
+         const FusedLoops<C>& loops, Phase phase, int64_t strip = 0)
+      : Base(record, grad, step, strip), loops(loops), scale(step.scale * C(t.weight)),
+        stream(streams<T>(plan, t, step.rule)), phase(phase),
         values(phase == Phase::whole && !strip ? nullptr : plan.numbers(t)) {}
 
   // Where there is a mask, points that it leaves out must not be summed: calls f(points, j, m) for all n neighbours.
@@ -208,16 +151,16 @@ struct Groups : TileOf<Rule, T> {
     alignas(64) C z[kBuffer];
     for (int64_t j = 0; j < n; j += kBuffer) {
       const int64_t m = std::min(kBuffer, n - j);
-      advance_any(stored, begin + j, {1, 1, 0, 0}, m, k, z, z);
-      if (k.elementwise.kind != 0) prox_buffer<Rule, C>(z, z, m, k);
+      advance_any(stored, begin + j, {1, 1, 0, 0}, m, step, z, z);
+      if (step.elementwise.kind != 0) prox_buffer<C>(z, z, m, step);
       f(z, j, m);
     }
   }
 
   void advance_one(int64_t begin, int64_t n, double* lanes) const {
     if (t.mask == nullptr)
-      return stored.advance(begin, n, [&](const Arrays<Rule, C>& a, int64_t, int64_t m, auto) {
-        advance_run<Rule, Elementwise, C>(a, m, k, lanes);
+      return stored.advance(begin, n, [&](const Arrays<C>& a, int64_t, int64_t m, auto) {
+        loops.advance_run(a, m, step, lanes);
       });
     masked_points(begin, n, [&](const C* z, int64_t, int64_t m) {
       const int64_t whole = m / kLanes * kLanes;
@@ -226,7 +169,7 @@ struct Groups : TileOf<Rule, T> {
     });
   }
   void advance_tile(int64_t base, int64_t n, double* sums) const {
-    if (t.mask == nullptr) return advance_columns<Elementwise>(stored, base, all_rows(), n, k, sums);
+    if (t.mask == nullptr) return advance_columns(stored, base, all_rows(), n, step, loops, sums);
     for (int64_t r = 0; r < rows; ++r)
       masked_points(offset(base, r), n, [&](const C* z, int64_t j, int64_t m) { add_squares(z, 1, m, sums + j); });
   }
@@ -239,8 +182,8 @@ struct Groups : TileOf<Rule, T> {
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t begin = offset(base, r);
       fetch(stored, begin + n, next);
-      count += stored.template store<Visit::second>(begin, n, past, [&](const Arrays<Rule, C>& a, int64_t j, int64_t m) {
-        return finish_block<Rule, Elementwise, C>(a, m, k, factors + j);
+      count += stored.template store<Visit::second>(begin, n, past, [&](const Arrays<C>& a, int64_t j, int64_t m) {
+        return loops.finish_block(a, m, step, factors + j);
       });
     }
     return count;
@@ -261,7 +204,7 @@ struct Groups : TileOf<Rule, T> {
           values[first + m] = total;
           continue;
         }
-        radial_factors(&total, 1, scale, k.radial, &factor);
+        radial_factors(&total, 1, scale, step.radial, &factor);
       }
       alignas(64) C factors[kBuffer];
       std::fill_n(factors, std::min(row, kBuffer), factor);
@@ -287,14 +230,14 @@ struct Groups : TileOf<Rule, T> {
       advance_tile(base, columns, sums);
       sum_rows(sums, row, count, totals);
       if (phase == Phase::norms) return 0;
-      radial_factors(totals, count, scale, k.radial, factor);
+      radial_factors(totals, count, scale, step.radial, factor);
     }
     if (row > 1) spread(factor, row, count, spread_factor);
     const int64_t left = rows == 1 ? 0 : row_stride - base % row_stride - columns;
     const int64_t next = left < columns ? left : columns;
     const int32_t nonzeros = finish(base, columns, spread_factor, next);
     if (alive != nullptr)
-      for (int64_t m = 0; m < count; ++m) *alive += (factor[m] != C(0) || Rule::kReadsParam) && this->any_nonzero(base + m * row);
+      for (int64_t m = 0; m < count; ++m) *alive += (factor[m] != C(0) || step.rule.reads_param) && this->any_nonzero(base + m * row);
     return nonzeros;
   }
 
@@ -317,7 +260,7 @@ struct Groups : TileOf<Rule, T> {
       for (int64_t s = 0; s < strips_of(t); ++s)
         add_numbers(values + s * columns + part.begin * row, part.count * row, sums);
       sum_rows(sums, row, part.count, totals);
-      radial_factors(totals, part.count, scale, k.radial, factor);
+      radial_factors(totals, part.count, scale, step.radial, factor);
       for (int64_t m = 0; m < part.count; ++m) factors[part.begin + m] = double(factor[m]);
       return 0;
     }
@@ -334,7 +277,7 @@ struct Groups : TileOf<Rule, T> {
     char* zero = scratch.template get<char>(0, part.count);  // as far as is known
     int64_t left = 0, alive = 0;
     for (int64_t m = 0; m < part.count; ++m)
-      left += zero[m] = Rule::kReadsParam || factors[part.begin + m] != 0;
+      left += zero[m] = step.rule.reads_param || factors[part.begin + m] != 0;
     for (int64_t r = 0; r < t.layout.rows() && alive < left; ++r) {
       const T* cells = stored.param + r * row_stride + part.begin * row;
       for (int64_t m = 0; m < part.count; ++m)
@@ -346,7 +289,7 @@ struct Groups : TileOf<Rule, T> {
 };
 
 template <class Groups>
-void run_tile(Groups& groups, const Item& item, int32_t* counts) {
+void run_tile(const Groups& groups, const Item& item, int32_t* counts) {
   constexpr int64_t kBatch = 2048;  // contiguous elements at a time: all scratch stays in L1
   constexpr int64_t kWhole = 16;    // a batch of so many groups ends with a memory line, if it begins with one
   constexpr int64_t kLong = 64;     // from here on a group is its own loop
@@ -370,15 +313,16 @@ void run_tile(Groups& groups, const Item& item, int32_t* counts) {
   counts[1] = alive;
 }
 
-template <class Rule, class Elementwise, class T>
-void run_grouped(const PlanView& plan, const Item& item, const void* grad, const StepArgs& args, int32_t* counts) {
+template <class T>
+void run_grouped(const PlanView& plan, const Item& item, const void* grad, const Step<compute_t<T>>& step,
+                 const FusedLoops<compute_t<T>>& loops, Phase phase, int32_t* counts) {
   const TensorRecord& t = plan.records()[item.tensor];
-  Groups<Rule, Elementwise, T> groups(plan, t, grad, args, t.strip_rows ? item.count : 0);
-  if (args.phase == Phase::norms && item.begin == 0)  // one of the tensor's items says it for all
-    plan.decays()[item.tensor] = budget_decay(groups.k, t.weight);
+  const Groups<T> groups(plan, t, grad, step, loops, phase, t.strip_rows ? item.count : 0);
+  if (phase == Phase::norms && item.begin == 0)  // one of the tensor's items says it for all
+    plan.decays()[item.tensor] = budget_decay(double(step.scale), step.radial, t.weight);
   if (t.strip_rows == 0) {
     run_tile(groups, item, counts);
-  } else if (args.phase == Phase::count_strips) {
+  } else if (phase == Phase::count_strips) {
     counts[1] = groups.count_alive(item.begin / t.strip_rows);
   } else {
     const int32_t count = groups.run_strip(item.begin / t.strip_rows);

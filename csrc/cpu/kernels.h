@@ -1,59 +1,64 @@
-// The CPU loops. Included once per instruction set, each time in a namespace of its own (BREGMAN_ISA).
-// No loop switches by the penalty: that would stop its vectorisation.
+// The CPU kernels. Included once per instruction set, each time in a namespace of its own (BREGMAN_ISA).
 #pragma once
 
 #include "buffered.h"
-#include "separable.h"
 
 BREGMAN_BEGIN
 
-using RunItem = void (*)(const PlanView&, const Item&, const void*, const StepArgs&, int32_t*);
-
-// The elementwise penalties in common use are part of the rule's loops; others run in loops of their own (buffered.h).
-template <class Rule, class T>
-RunItem pick_penalty(const StepArgs& args, bool grouped) {
-  const PenaltyKind kind = PenaltyKind(args.elementwise);
-  if (grouped) {
-    if constexpr (!kPaired<Rule>) {
-      if (kind == PenaltyKind::none) return run_grouped<Rule, NoPenalty, T>;
-      if (kind == PenaltyKind::l1) return run_grouped<Rule, L1, T>;
-    }
-    return run_grouped_buffered<Rule, T>;
+// Elements without groups: a penalty in common use takes one loop, others points in a buffer.
+template <class T>
+int32_t run_separable(const PlanView& plan, const Item& item, const void* grad, const Step<compute_t<T>>& step) {
+  using C = compute_t<T>;
+  const TensorRecord& t = plan.records()[item.tensor];
+  const Stored<T> stored(t, grad, step.rule);
+  if (const FusedLoops<C>* loops = step.rule.fused(step.elementwise.kind)) {
+    const bool stream = streams<T>(plan, t, step.rule);
+    const int32_t count = stored.template store<Visit::only>(
+        item.begin, item.count, stream,
+        [&](const Arrays<C>& a, int64_t, int64_t n) { return loops->separable_block(a, n, step); });
+    if (stream) stream_fence();
+    return count;
   }
-  if (kind == PenaltyKind::none) return run_separable<Rule, NoPenalty, T>;
-  if (kind == PenaltyKind::l1) return run_separable<Rule, L1, T>;
-  return run_separable_buffered<Rule, T>;
+  alignas(64) C z[kBuffer], scales[kBuffer];
+  int32_t count = 0;
+  for (int64_t j = 0; j < item.count; j += kBuffer) {
+    const int64_t begin = item.begin + j, n = std::min(kBuffer, item.count - j);
+    advance_any(stored, begin, {1, 1, 0, 0}, n, step, z, scales);
+    prox_buffer(z, scales, n, step);
+    count += finish_any(stored, begin, n, step, z);
+  }
+  return count;
 }
 
-template <class Rule>
-RunItem pick_dtype(DType dtype, const StepArgs& args, bool grouped) {
-  switch (dtype) {
-    case DType::f32: return pick_penalty<Rule, float>(args, grouped);
-    case DType::f64: return pick_penalty<Rule, double>(args, grouped);
-    case DType::bf16: return pick_penalty<Rule, bf16>(args, grouped);
-    case DType::fp16: return pick_penalty<Rule, fp16>(args, grouped);
-  }
-  return nullptr;
-}
-
-// Runs items [begin, end) of a plan.
-inline void run_items(const PlanView& plan, const void* const* grads, const StepArgs& args, int32_t* counts,
-                      int64_t begin, int64_t end) {
-  const PlanHeader& header = plan.header();
-  RunItem run = nullptr;
-  switch (header.rule) {
-#define X(Functor, name) \
-  case rule_##name: \
-    run = pick_dtype<Functor>(DType(header.dtype), args, header.grouped); \
-    break;
-    BREGMAN_RULES(X)
-#undef X
-  }
+// Items [begin, end) of a plan of parameters of type T.
+template <class T>
+void run_typed(const PlanView& plan, const void* const* grads, const StepArgs& args, int32_t* counts, int64_t begin,
+               int64_t end) {
+  const Step<compute_t<T>> step(loops_of<compute_t<T>>(plan.header().rule), args);
+  const auto* loops = step.rule.paired() ? nullptr : step.rule.fused(args.elementwise);
   for (int64_t n = begin; n < end; ++n) {
     // The second visit of strips goes backwards: caches hold what the first visit touched last.
     const int64_t i = args.phase == Phase::finish_strips ? end - 1 - (n - begin) : n;
     const Item& item = plan.items()[i];
-    run(plan, item, grads[item.tensor], args, counts == nullptr ? nullptr : counts + 2 * i);
+    const void* grad = grads[item.tensor];
+    int32_t* found = counts == nullptr ? nullptr : counts + 2 * i;
+    if (plan.header().grouped) {
+      if (loops) run_grouped<T>(plan, item, grad, step, *loops, args.phase, found);
+      else run_points<T>(plan, item, grad, step, args.phase, found);
+    } else {
+      const int32_t count = run_separable<T>(plan, item, grad, step);
+      if (found != nullptr) found[0] = count, found[1] = 0;
+    }
+  }
+}
+
+inline void run_items(const PlanView& plan, const void* const* grads, const StepArgs& args, int32_t* counts,
+                      int64_t begin, int64_t end) {
+  switch (DType(plan.header().dtype)) {
+    case DType::f32: return run_typed<float>(plan, grads, args, counts, begin, end);
+    case DType::f64: return run_typed<double>(plan, grads, args, counts, begin, end);
+    case DType::bf16: return run_typed<bf16>(plan, grads, args, counts, begin, end);
+    case DType::fp16: return run_typed<fp16>(plan, grads, args, counts, begin, end);
   }
 }
 

@@ -5,7 +5,7 @@
 #include <type_traits>
 
 #include "../plan/plan.h"
-#include "arrays.h"
+#include "loops.h"
 
 BREGMAN_BEGIN
 
@@ -15,9 +15,9 @@ constexpr int64_t kLine = int64_t(64 / sizeof(T));  // elements per memory line
 
 // Whether parameters are written past the caches: nobody reads them in this step, and there are too many to stay.
 constexpr int64_t kStreamBytes = 16 << 20;
-template <class Rule, class T>
-bool streams(const PlanView& plan, const TensorRecord& t) {
-  return !Rule::kReadsParam && t.mask == nullptr && plan.header().elements * int64_t(sizeof(T)) >= kStreamBytes &&
+template <class T>
+bool streams(const PlanView& plan, const TensorRecord& t, const Loops<compute_t<T>>& rule) {
+  return !rule.reads_param && t.mask == nullptr && plan.header().elements * int64_t(sizeof(T)) >= kStreamBytes &&
          reinterpret_cast<uintptr_t>(t.param) % 64 == 0;
 }
 
@@ -119,33 +119,26 @@ BREGMAN_LOOP int32_t clear_masked(C* __restrict__ x, int64_t n, const flag_t<C>*
   return count;
 }
 
-// Whether a visit needs the gradient: to a second one the state tells all, if there is any, but for late rules.
 enum class Visit { first, second, only };
-template <class Rule>
-constexpr bool reads_grad(Visit visit) {
-  return visit == Visit::only || Rule::kLate == (visit == Visit::second) || Rule::kStateSlots == 0;
-}
 
-template <class Rule, class T>
+template <class T>
 struct Stored {
   using C = compute_t<T>;
   static constexpr bool kNarrow = sizeof(T) == 2;
-  static constexpr bool kMaster = Rule::kReadsParam && kNarrow;
+  const Loops<C>& rule;
   T* param;
   const T* grad;
   const uint64_t* mask;
-  Arrays<Rule, C> state;  // its slots
-  C* master = nullptr;
+  Arrays<C> state;  // its slots
+  C* master;  // of 16-bit parameters that the rule reads
 
-  Stored(const TensorRecord& t, const void* grads)
-      : param(static_cast<T*>(t.param)), grad(static_cast<const T*>(grads)), mask(t.mask),
-        state{nullptr, nullptr, static_cast<C*>(t.state[0]), static_cast<C*>(t.state[1]), static_cast<C*>(t.state[2])} {
-    static_assert(Rule::kStateSlots <= 3 && Rule::kStateSlots + kMaster <= kMaxSlots);
-    if constexpr (kMaster) master = static_cast<C*>(t.state[Rule::kStateSlots]);
-  }
+  Stored(const TensorRecord& t, const void* grads, const Loops<C>& rule)
+      : rule(rule), param(static_cast<T*>(t.param)), grad(static_cast<const T*>(grads)), mask(t.mask),
+        state{nullptr, nullptr, slot(t, 0), slot(t, 1), slot(t, 2)},
+        master(kNarrow && rule.reads_param ? static_cast<C*>(t.state[rule.slots]) : nullptr) {}
 
   // The arrays from an element on, as they are.
-  Arrays<Rule, C> at(int64_t begin) const {
+  Arrays<C> at(int64_t begin) const {
     static_assert(!kNarrow);
     return state.with(param + begin, grad + begin, begin);
   }
@@ -154,11 +147,11 @@ struct Stored {
   // has the flags of a mask, if there is one. State that it leaves out becomes zero behind f.
   template <class F>
   void advance(int64_t begin, int64_t n, F f) const {
-    auto masked = [&](const Arrays<Rule, C>& a, int64_t j, int64_t m) {
+    auto masked = [&](const Arrays<C>& a, int64_t j, int64_t m) {
       if (mask == nullptr) return f(a, j, m, nullptr);
       const Keep<C> keep(mask, begin + j, m);
       f(a, j, m, keep.flags);
-      if (!Rule::kLate) clear_state(begin + j, m, keep);
+      if (!rule.late) clear_state(begin + j, m, keep);
     };
     if constexpr (kNarrow) converted<Visit::first>(begin, n, masked);
     else if (mask == nullptr) f(at(begin), 0, n, nullptr);
@@ -170,14 +163,14 @@ struct Stored {
   template <Visit kVisit, class F>
   int32_t store(int64_t begin, int64_t n, bool stream, F f) const {
     int32_t count = 0;
-    auto masked = [&](const Arrays<Rule, C>& a, int64_t i, int64_t m) {
+    auto masked = [&](const Arrays<C>& a, int64_t i, int64_t m) {
       const Keep<C> keep(mask, i, m);
-      if (kVisit == Visit::only || Rule::kLate) clear_state(i, m, keep);
+      if (kVisit == Visit::only || rule.late) clear_state(i, m, keep);
       return clear_masked(a.param, m, keep.flags);
     };
     if constexpr (kNarrow) {
       T stored[kBuffer];
-      converted<kVisit>(begin, n, [&](const Arrays<Rule, C>& a, int64_t j, int64_t m) {
+      converted<kVisit>(begin, n, [&](const Arrays<C>& a, int64_t j, int64_t m) {
         f(a, j, m);
         if (mask != nullptr) masked(a, begin + j, m);
         count += narrow_all(a.param, m, stream ? stored : param + begin + j);
@@ -186,14 +179,14 @@ struct Stored {
     } else if (stream) {
       alignas(64) C stored[kBuffer];
       for_buffers(n, [&](int64_t j, int64_t m) {
-        Arrays<Rule, C> a = at(begin + j);
+        Arrays<C> a = at(begin + j);
         a.param = stored;
         count += f(a, j, m);
         stream_copy(param + begin + j, stored, m * int64_t(sizeof(T)));
       });
     } else if (mask != nullptr) {
       for_buffers(n, [&](int64_t j, int64_t m) {
-        const Arrays<Rule, C> a = at(begin + j);
+        const Arrays<C> a = at(begin + j);
         f(a, j, m);
         count += masked(a, begin + j, m);
       });
@@ -205,8 +198,8 @@ struct Stored {
 
   // Where the parameter that a rule reads lies.
   const void* old_param(int64_t i) const {
-    if constexpr (kMaster) return master + i;
-    else return param + i;
+    if (master != nullptr) return master + i;
+    return param + i;
   }
 
   // Calls f(parameters, j, m) likewise, for parameters as they are before the step.
@@ -214,7 +207,7 @@ struct Stored {
   void old_params(int64_t begin, int64_t n, F f) const {
     if constexpr (!kNarrow) {
       f(param + begin, 0, n);
-    } else if constexpr (kMaster) {
+    } else if (master != nullptr) {
       f(master + begin, 0, n);
     } else {
       alignas(64) C wide[kBuffer];
@@ -226,6 +219,13 @@ struct Stored {
   }
 
  private:
+  C* slot(const TensorRecord& t, int number) const {
+    return number < rule.slots ? static_cast<C*>(t.state[number]) : nullptr;
+  }
+  // To a second visit the state tells all, if there is any, but for late rules.
+  bool reads_grad(Visit visit) const {
+    return visit == Visit::only || rule.late == (visit == Visit::second) || rule.slots == 0;
+  }
   template <class F>
   static void for_buffers(int64_t n, F f) {
     for (int64_t j = 0; j < n; j += kBuffer) f(j, std::min(kBuffer, n - j));
@@ -234,13 +234,13 @@ struct Stored {
   void converted(int64_t begin, int64_t n, F f) const {
     alignas(64) C grads[kBuffer], params[kBuffer];
     for_buffers(n, [&](int64_t j, int64_t m) {
-      if constexpr (reads_grad<Rule>(kVisit)) widen_all(grad + begin + j, m, grads);
-      f(state.with(kMaster ? master + begin + j : params, grads, begin + j), j, m);
+      if (reads_grad(kVisit)) widen_all(grad + begin + j, m, grads);
+      f(state.with(master ? master + begin + j : params, grads, begin + j), j, m);
     });
   }
   void clear_state(int64_t begin, int64_t n, const Keep<C>& keep) const {
     C* const slots[] = {state.slot0, state.slot1, state.slot2};
-    for (int s = Rule::kFixedSlots; s < Rule::kStateSlots; ++s) clear_masked(slots[s] + begin, n, keep.flags);
+    for (int s = rule.fixed; s < rule.slots; ++s) clear_masked(slots[s] + begin, n, keep.flags);
   }
 };
 

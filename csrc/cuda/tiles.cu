@@ -367,7 +367,10 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<Rule, T, kShared>)
     if (Rule::kMetric && !arrays.moved[pass % 2] && pass + 1 < sums) pass = sums - 1 - curved;
   }
   if (kShared && !second) {
-    if (item.begin == 0 && threadIdx.x == 0) global(plan.decays())[item.tensor] = budget_decay(k, part.t.weight);
+    if (item.begin == 0 && threadIdx.x == 0) {
+      const double scale = double(uniform_scale<Rule, C>(k.h));
+      global(plan.decays())[item.tensor] = budget_decay(scale, k.radial, part.t.weight);
+    }
     return;
   }
   if (args.counts == nullptr) return;

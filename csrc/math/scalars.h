@@ -27,11 +27,11 @@ struct Scalars {
   }
 };
 
-// The decay of a tensor's groups that share a budget: prox scale, lam and weight.
-template <class Rule, class C>
-BREGMAN_HD double budget_decay(const Scalars<Rule, C>& k, double weight) {
-  const double lam = double(k.radial.a) < 1e300 ? double(k.radial.a) : 1e300;  // infinite in fp32 beyond 3.4e38
-  const double decay = double(uniform_scale<Rule, C>(k.h)) * lam * weight;
+// The decay of a tensor's groups that share a budget, from their prox scale and weight.
+template <class C>
+BREGMAN_HD double budget_decay(double scale, const Penalty<C>& radial, double weight) {
+  const double lam = double(radial.a) < 1e300 ? double(radial.a) : 1e300;  // infinite in fp32 beyond 3.4e38
+  const double decay = scale * lam * weight;
   return decay > 1e300 ? 1e300 : decay;
 }
 

@@ -1,0 +1,216 @@
+// The loops of a rule, and the table that everything else calls them through: dtypes, masks, groups and their proxes are
+// compiled once, not once per rule. No loop switches by the penalty, which would stop its vectorisation: those in common
+// use are part of the rule's loops, all others run in loops of their own, between the points and the rest (points.h).
+#pragma once
+
+#include "arrays.h"
+
+BREGMAN_BEGIN
+
+// Functions of their own: inlined, GCC 12 moves parts of these loops out and does not vectorise a sixth of them.
+#define BREGMAN_LOOP __attribute__((noinline))
+
+// Squares are summed in float64: the square of a float is exact there, fused or not.
+template <class C>
+BREGMAN_HD double add_square(double sum, C x) {
+  const double value = double(x);
+#if defined(BREGMAN_FMA)
+  if constexpr (sizeof(C) == 4) return __builtin_fma(value, value, sum);
+#endif
+  return sum + value * value;
+}
+
+template <class C>
+struct Loops;
+
+// The scalars of a step: those that all rules have, and the rule's own, which its loops know.
+template <class C>
+struct Step {
+  static constexpr size_t kBytes = 192;
+  const Loops<C>& rule;
+  Penalty<C> elementwise, radial;
+  C scale;            // the prox scale, where it is the same for all elements
+  C rate, tolerance;  // of half-space steps
+  alignas(C) unsigned char scalars[kBytes];
+
+  Step(const Loops<C>& rule, const StepArgs& args);
+
+  template <class Rule>
+  Scalars<Rule, C> of() const {
+    Scalars<Rule, C> k;
+    std::memcpy(&k, scalars, sizeof(k));
+    return k;
+  }
+};
+
+// The whole step on n neighbouring elements; returns how many are non-zero.
+template <class Rule, class Elementwise, class C>
+BREGMAN_LOOP int32_t separable_block(const Arrays<C> a, int64_t n, const Step<C>& step) {
+  const auto k = step.template of<Rule>();
+  int32_t count = 0;
+#pragma GCC ivdep
+  for (int64_t j = 0; j < n; ++j) {
+    C s[kMaxSlots];
+    const C q = prox_point<true, Rule, Elementwise>(a, j, k, s);
+    count += finish_element(a, j, k, q, s);
+  }
+  return count;
+}
+
+// First visit of n neighbours of one group. Element j adds to lanes[j % kLanes], an order that depends on n alone.
+constexpr int kLanes = 32;
+template <class Rule, class Elementwise, class C>
+BREGMAN_LOOP void advance_run(const Arrays<C> a, int64_t n, const Step<C>& step, double* __restrict__ lanes) {
+  const auto k = step.template of<Rule>();
+  double sums[kLanes];
+  for (int m = 0; m < kLanes; ++m) sums[m] = lanes[m];
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) {
+    C q[kLanes];
+#pragma GCC ivdep
+    for (int m = 0; m < kLanes; ++m) {
+      C s[kMaxSlots];
+      q[m] = prox_point<true, Rule, Elementwise>(a, j + m, k, s);
+    }
+    for (int m = 0; m < kLanes; ++m) sums[m] = add_square(sums[m], q[m]);
+  }
+  const int64_t rest = n - j;
+#pragma GCC ivdep
+  for (int64_t m = 0; m < rest; ++m) {
+    C s[kMaxSlots];
+    sums[m] = add_square(sums[m], prox_point<true, Rule, Elementwise>(a, j + m, k, s));
+  }
+  for (int m = 0; m < kLanes; ++m) lanes[m] = sums[m];
+}
+
+// First visit of kRows rows of n columns, each of which has a sum of its own.
+template <int kRows, class Rule, class Elementwise, class C>
+BREGMAN_LOOP void advance_rows(const Arrays<C> a, int64_t stride, int64_t n, const Step<C>& step,
+                               double* __restrict__ sums) {
+  const auto k = step.template of<Rule>();
+#pragma GCC ivdep
+  for (int64_t j = 0; j < n; ++j) {
+    double sum = sums[j];
+    for (int r = 0; r < kRows; ++r) {
+      C s[kMaxSlots];
+      sum = add_square(sum, prox_point<true, Rule, Elementwise>(a, r * stride + j, k, s));
+    }
+    sums[j] = sum;
+  }
+}
+
+// Second visit of n neighbours: shrink by the groups' factors, and finish; returns how many are non-zero.
+template <class Rule, class Elementwise, class C>
+BREGMAN_LOOP int32_t finish_block(const Arrays<C> a, int64_t n, const Step<C>& step, const C* __restrict__ factors) {
+  const auto k = step.template of<Rule>();
+  int32_t count = 0;
+#pragma GCC ivdep
+  for (int64_t j = 0; j < n; ++j) {
+    C s[kMaxSlots];
+    const C q = prox_point<false, Rule, Elementwise>(a, j, k, s);
+    count += finish_element(a, j, k, q * factors[j], s);
+  }
+  return count;
+}
+
+// Advances the state of `rows` rows of n columns and writes their points, and their prox scales where these differ.
+template <class Rule, class C>
+BREGMAN_LOOP void advance_points(const Arrays<C> a, int64_t rows, int64_t stride, int64_t n, const Step<C>& step,
+                                 C* __restrict__ z, C* __restrict__ scales) {
+  const auto k = step.template of<Rule>();
+  for (int64_t r = 0; r < rows; ++r, z += n, scales += n) {
+#pragma GCC ivdep
+    for (int64_t j = 0; j < n; ++j) {
+      C s[kMaxSlots];
+      const Point<C> p = point_of<true>(a, r * stride + j, k, s);
+      z[j] = p.z;
+      if constexpr (kPaired<Rule>) scales[j] = p.scale;
+    }
+  }
+}
+
+// The new parameters from n prox points; returns how many are non-zero.
+template <class Rule, class C>
+BREGMAN_LOOP int32_t finish_points(const Arrays<C> a, int64_t n, const Step<C>& step, const C* __restrict__ q) {
+  const auto k = step.template of<Rule>();
+  int32_t count = 0;
+#pragma GCC ivdep
+  for (int64_t j = 0; j < n; ++j) {
+    C s[kMaxSlots];
+    load_state<Rule>(a, j, s);
+    count += finish_element(a, j, k, q[j], s);
+  }
+  return count;
+}
+
+// The loops of a rule with an elementwise penalty; null are those for groups where points are kept.
+template <class C>
+struct FusedLoops {
+  int32_t (*separable_block)(Arrays<C>, int64_t, const Step<C>&);
+  void (*advance_run)(Arrays<C>, int64_t, const Step<C>&, double*);
+  void (*advance_row)(Arrays<C>, int64_t, int64_t, const Step<C>&, double*);
+  void (*advance_four)(Arrays<C>, int64_t, int64_t, const Step<C>&, double*);  // few enough streams to be foreseen, or null
+  int32_t (*finish_block)(Arrays<C>, int64_t, const Step<C>&, const C*);
+};
+template <class Rule, class Elementwise, class C>
+constexpr FusedLoops<C> fused_loops() {
+  if constexpr (kPaired<Rule>) {
+    return {separable_block<Rule, Elementwise, C>, nullptr, nullptr, nullptr, nullptr};
+  } else {
+    FusedLoops<C> loops{separable_block<Rule, Elementwise, C>, advance_run<Rule, Elementwise, C>,
+                        advance_rows<1, Rule, Elementwise, C>, nullptr, finish_block<Rule, Elementwise, C>};
+    if constexpr (Rule::kReadsParam + Rule::kStateSlots == 1) loops.advance_four = advance_rows<4, Rule, Elementwise, C>;
+    return loops;
+  }
+}
+
+template <class C>
+struct Loops {
+  int slots, fixed;
+  bool reads_param, late, metric, half_space;  // what the rule says of itself
+  void (*prepare)(const StepArgs&, Step<C>&);
+  void (*advance_points)(Arrays<C>, int64_t, int64_t, int64_t, const Step<C>&, C*, C*);
+  int32_t (*finish_points)(Arrays<C>, int64_t, const Step<C>&, const C*);
+  FusedLoops<C> none, l1;
+
+  bool paired() const { return metric || half_space; }
+  // Those with a penalty, if they are there.
+  const FusedLoops<C>* fused(int elementwise) const {
+    switch (PenaltyKind(elementwise)) {
+      case PenaltyKind::none: return &none;
+      case PenaltyKind::l1: return &l1;
+      default: return nullptr;
+    }
+  }
+};
+
+template <class Rule, class C>
+void prepare(const StepArgs& args, Step<C>& step) {
+  const auto k = Scalars<Rule, C>::from(args.scalars, args.elementwise, args.radial);
+  static_assert(sizeof(k) <= sizeof(step.scalars));
+  std::memcpy(step.scalars, &k, sizeof(k));
+  step.elementwise = k.elementwise;
+  step.radial = k.radial;
+  if constexpr (!kPaired<Rule>) step.scale = uniform_scale<Rule, C>(k.h);
+  if constexpr (Rule::kHalfSpace) step.rate = k.h.lr, step.tolerance = k.h.epsilon;
+}
+template <class C>
+Step<C>::Step(const Loops<C>& rule, const StepArgs& args) : rule(rule), scale(0), rate(0), tolerance(0) {
+  rule.prepare(args, *this);
+}
+
+template <class C>
+const Loops<C>& loops_of(int rule) {
+  static constexpr Loops<C> all[] = {
+#define X(Functor, name)                                                                                                \
+  {Functor::kStateSlots,        Functor::kFixedSlots,       Functor::kReadsParam,                                       \
+   Functor::kLate,              Functor::kMetric,           Functor::kHalfSpace,                                        \
+   prepare<Functor, C>,         advance_points<Functor, C>, finish_points<Functor, C>,                                  \
+   fused_loops<Functor, NoPenalty, C>(), fused_loops<Functor, L1, C>()},
+      BREGMAN_RULES(X)
+#undef X
+  };
+  return all[rule];
+}
+
+BREGMAN_END
