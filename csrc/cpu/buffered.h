@@ -23,27 +23,32 @@ struct PointGroups : TileOf<T> {
     Line<C> line{};
     bool straight = false;
     if (step.rule.paired()) straight = line_of(step.radial, C(t.weight), step.rule.metric, line);
-    advance_any(stored, base, this->all_rows(), columns, step, z, scales);
+    C* squares = step.rule.metric && straight ? groups.squares() : nullptr;
+    if (groups.folds && squares) {
+      const int64_t whole = columns / groups.columns, rest = whole * groups.columns;
+      advance_any(stored, base, {1, whole, 0, groups.columns}, groups.columns, step, z, scales, squares);
+      if (rest < columns)
+        advance_any(stored, base + rest, {1, 1, 0, 0}, columns - rest, step, z + rest, scales + rest, squares);
+    } else {
+      advance_any(stored, base, this->all_rows(), columns, step, z, scales, squares);
+    }
     if (step.elementwise.kind != 0) prox_buffer<C>(z, scales, elements, step);
     if (step.rule.metric) {
-      auto add_old = [&](int64_t first, const Rows& part, int64_t n, double* sums) {
-        for (int64_t r = 0; r < part.outer * part.inner; ++r)
-          stored.old_params(part.at(base + first, r), n, [&](const C* params, int64_t j, int64_t m) {
-            add_squares<C>(params, 1, m, sums + j);
-          });
-      };
-      const bool one_level = rows <= this->inner;
-      const Ahead ahead = one_level ? Ahead(stored, base + columns, groups.folded(this->row_stride)) : Ahead();
-      if (straight) groups.shrink_in_metric(line, this->all_rows(), add_old, ahead);
+      // The processor foresees what a long run goes on with.
+      const bool fetches = !groups.folds && rows <= this->inner;
+      if (straight) groups.shrink_in_metric(line, fetches ? Ahead(stored, base + columns, this->row_stride) : Ahead());
       else groups.shrink_along(step.radial, C(t.weight));
     } else if (step.rule.half_space) {
       groups.project(line, step.rate, step.tolerance);
     } else {
       groups.shrink(step.scale * C(t.weight), step.radial);
     }
+    const C* numbers = groups.numbers();
+    const int64_t width = groups.folds ? kBuffer : columns;
     int32_t nonzeros = 0;
     for (int64_t r = 0; r < rows; ++r)
-      nonzeros += finish_any(stored, this->offset(base, r), columns, step, z + r * columns);
+      for (int64_t j = 0; j < columns; j += width, z += width, scales += width)
+        nonzeros += finish_any(stored, this->offset(base, r) + j, std::min(width, columns - j), step, z, scales, numbers);
     if (alive != nullptr)
       for (int64_t m = 0; m < count; ++m) *alive += this->any_nonzero(base + m * row);
     return nonzeros;

@@ -1,8 +1,6 @@
-// The group prox of points in a buffer: isotropic, in a diagonal metric, or onto half-spaces.
+// What the prox of groups needs of points in a buffer: isotropic, in a diagonal metric, or onto half-spaces.
 #pragma once
 
-#include "../math/curved.h"
-#include "../math/half_space.h"
 #include "grouped.h"
 
 BREGMAN_BEGIN
@@ -144,80 +142,46 @@ BREGMAN_LOOP void add_level_moments(const Matrix<C> m, C level, const C* __restr
     }
 }
 
-template <class C>
-BREGMAN_LOOP void scale_points(const Matrix<C> m, const C* __restrict__ factors) {
-  for (int64_t r = 0; r < m.rows; ++r) {
-    C* __restrict__ z = m.z + r * m.columns;
-#pragma GCC ivdep
-    for (int64_t j = 0; j < m.columns; ++j) z[j] *= factors[j];
-  }
-}
-
-template <class C>
-BREGMAN_LOOP void shrink_points(const Matrix<C> m, const C* __restrict__ rho) {
-  for (int64_t r = 0; r < m.rows; ++r) {
-    C* __restrict__ z = m.z + r * m.columns;
-    const C* __restrict__ scales = m.scales + r * m.columns;
-#pragma GCC ivdep
-    for (int64_t j = 0; j < m.columns; ++j) z[j] = shrink_weighted(z[j], scales[j], rho[j]);
-  }
-}
-
-template <class C>
-BREGMAN_LOOP void half_space_points(const Matrix<C> m, const C* __restrict__ pull) {
-  for (int64_t r = 0; r < m.rows; ++r) {
-    C* __restrict__ z = m.z + r * m.columns;
-    const C* __restrict__ scales = m.scales + r * m.columns;
-#pragma GCC ivdep
-    for (int64_t j = 0; j < m.columns; ++j) z[j] = half_space(z[j], scales[j], pull[j]);
-  }
-}
-
-// The group prox of points in a buffer: `count` groups of `row` neighbouring columns in each row.
+// Points in a buffer: `count` groups of `row` neighbouring columns in each row. A search finds a number for every group,
+// which `numbers` repeats for every column.
 template <class C>
 class BufferedGroups {
  public:
   static constexpr int64_t kFold = 64;  // columns of a folded run: few sums to add up, its rows are long enough
 
   BufferedGroups(Scratch& scratch, C* z, const C* scales, int64_t rows, int64_t row, int64_t count)
-      : z_(z), scales_(scales), elements_(rows * row * count), count_(count), folds_(rows == 1 && count == 1) {
-    columns_ = folds_ ? kFold : row * count;
-    row_ = folds_ ? kFold : row;
-    sums_ = scratch.get<double>(0, 3 * columns_);
+      : folds(rows == 1 && count == 1), columns(folds ? kFold : row * count), z_(z), scales_(scales),
+        elements_(rows * row * count), count_(count), row_(folds ? kFold : row) {
+    sums_ = scratch.get<double>(0, 3 * columns);
     totals_ = scratch.get<double>(1, 4 * count);
     group_ = scratch.get<C>(2, count);
-    spread_ = scratch.get<C>(3, columns_ + kSpread);
+    spread_ = scratch.get<C>(3, (folds ? kBuffer : columns) + kSpread);
     search_ = scratch.get<Search>(6, count);
-    few_ = scratch.get<C>(7, 3 * columns_);
+    few_ = scratch.get<C>(7, 3 * columns);
   }
 
-  // From row to row, in elements: of a folded run its own.
-  int64_t folded(int64_t row_stride) const { return folds_ ? kFold : row_stride; }
+  const bool folds;  // one run of one group, taken as rows of kFold columns
+  const int64_t columns;
+
+  // Where the squares of the old parameters are to be added, for each column.
+  C* squares() const {
+    std::fill_n(few_, columns, C(0));
+    return few_;
+  }
 
   // Isotropic: all elements have the same scale.
-  template <class Scale>
-  void shrink(Scale scale, const Penalty<C>& k) {
+  void shrink(C scale, const Penalty<C>& k) {
     clear();
     for_parts([&](const Matrix<C>& m) { add_squares<C>(m.z, m.rows, m.columns, sums_); });
     total(1);
     radial_factors(totals_, count_, scale, k, group_);
-    spread(group_, row_, count_, spread_);
-    for_parts([&](const Matrix<C>& m) { scale_points(m, spread_); });
   }
 
-  // In the metric of the scales. add_old(first, rows, n, sums) adds the squares of the old parameters to the sums of
-  // columns, for rows of n columns that lie like `rows` from the tile's element `first` on.
-  template <class AddOld>
-  void shrink_in_metric(const Line<C>& line, const Rows& rows, AddOld add_old, const Ahead& ahead) {
+  // In the metric of the scales, from the sums of squares.
+  void shrink_in_metric(const Line<C>& line, const Ahead& ahead) {
     double* norms = totals_ + 3 * count_;
     clear();
-    if (folds_) {
-      const int64_t whole = elements_ / columns_, rest = elements_ - whole * columns_;
-      add_old(0, Rows{1, whole, 0, columns_}, columns_, sums_);
-      add_old(whole * columns_, Rows{1, 1, 0, 0}, rest, sums_);
-    } else {
-      add_old(0, rows, columns_, sums_);
-    }
+    move_up(few_, columns, sums_);
     total(1);
     for (int64_t g = 0; g < count_; ++g) {
       norms[g] = root_start<C>(totals_[g]);
@@ -233,8 +197,6 @@ class BufferedGroups {
       }
     }
     for (int64_t g = 0; g < count_; ++g) group_[g] = root_rho(norms[g], line);
-    spread(group_, row_, count_, spread_);
-    for_parts([&](const Matrix<C>& m) { shrink_points(m, spread_); });
   }
 
   // The same along a curve.
@@ -252,8 +214,6 @@ class BufferedGroups {
       if (!moves && pass + 2 < kCurvePasses) pass = kCurvePasses - 2;  // the decision is next
     }
     for (int64_t g = 0; g < count_; ++g) group_[g] = C(rho[g]);
-    spread(group_, row_, count_, spread_);
-    for_parts([&](const Matrix<C>& m) { shrink_points(m, spread_); });
   }
 
   // The half-space step, with the old parameters for scales.
@@ -262,19 +222,24 @@ class BufferedGroups {
     for (int64_t g = 0; g < count_; ++g) none[g] = 0;
     visit(none, HalfSpaceTerms());
     for (int64_t g = 0; g < count_; ++g) group_[g] = half_space_pull(sums(g), line, lr, epsilon);
-    spread(group_, row_, count_, spread_);
-    for_parts([&](const Matrix<C>& m) { half_space_points(m, spread_); });
+  }
+
+  // What was found, for n columns: those of a row of the tile, or kBuffer elements of a folded run.
+  const C* numbers() const {
+    if (folds) std::fill_n(spread_, std::min(elements_, kBuffer), group_[0]);
+    else spread(group_, row_, count_, spread_);
+    return spread_;
   }
 
  private:
   template <class F>
   void for_parts(F f) const {
-    const int64_t rows = elements_ / columns_, rest = elements_ - rows * columns_;
-    f(Matrix<C>{z_, scales_, rows, columns_});
-    if (rest) f(Matrix<C>{z_ + rows * columns_, scales_ + rows * columns_, 1, rest});
+    const int64_t rows = elements_ / columns, rest = elements_ - rows * columns;
+    f(Matrix<C>{z_, scales_, rows, columns});
+    if (rest) f(Matrix<C>{z_ + rows * columns, scales_ + rows * columns, 1, rest});
   }
   void clear() {
-    for (int64_t j = 0; j < 3 * columns_; ++j) sums_[j] = 0;
+    for (int64_t j = 0; j < 3 * columns; ++j) sums_[j] = 0;
   }
   void set(const double* numbers) {
     for (int64_t g = 0; g < count_; ++g) group_[g] = C(numbers[g]);
@@ -283,14 +248,14 @@ class BufferedGroups {
   }
   void total(int how_many) {
     for (int m = 0; m < how_many; ++m)
-      if (folds_) totals_[m] = sum_lanes<kFold>(sums_ + m * columns_);
-      else sum_rows(sums_ + m * columns_, row_, count_, totals_ + m * count_);
+      if (folds) totals_[m] = sum_lanes<kFold>(sums_ + m * columns);
+      else sum_rows(sums_ + m * columns, row_, count_, totals_ + m * count_);
   }
   // The sums of each group, of terms that depend on a number of its own.
   template <class Terms>
   void visit(const double* numbers, const Terms& terms) {
     set(numbers);
-    for_parts([&](const Matrix<C>& m) { add_pairs(m, terms, spread_, sums_, sums_ + columns_); });
+    for_parts([&](const Matrix<C>& m) { add_pairs(m, terms, spread_, sums_, sums_ + columns); });
     total(2);
   }
   // The sums of a step from the norms, a few rows of type C at a time.
@@ -299,15 +264,15 @@ class BufferedGroups {
     set(norms);
     bool level = line.slope == C(0);
     for (int64_t g = 0; g < count_; ++g) level &= group_[g] > positive_scale(C(0));
-    C *a = few_, *b = few_ + columns_, *c = few_ + 2 * columns_;
+    C *a = few_, *b = few_ + columns, *c = few_ + 2 * columns;
     for_parts([&](const Matrix<C>& m) {
       for (int64_t r = 0; r < m.rows; r += kFew) {
         const Matrix<C> part{m.z + r * m.columns, m.scales + r * m.columns, std::min(kFew, m.rows - r), m.columns};
-        for (int64_t j = 0; j < 3 * columns_; ++j) few_[j] = C(0);
+        for (int64_t j = 0; j < 3 * columns; ++j) few_[j] = C(0);
         if (!level) add_moments(part, line, spread_, a, b, c);
         else if (ahead) add_level_moments<true>(part, line.level, spread_, a, b, c, *ahead, r);
         else add_level_moments<false>(part, line.level, spread_, a, b, c, {}, r);
-        move_up(few_, 3 * columns_, sums_);
+        move_up(few_, 3 * columns, sums_);
       }
     });
     total(3);
@@ -316,8 +281,7 @@ class BufferedGroups {
 
   C* z_;
   const C* scales_;
-  int64_t elements_, count_, columns_, row_;
-  bool folds_;
+  int64_t elements_, count_, row_;
   double *sums_, *totals_;
   C *group_, *spread_;
   Search* search_;

@@ -25,7 +25,7 @@ int32_t run_separable(const PlanView& plan, const Item& item, const void* grad, 
     const int64_t begin = item.begin + j, n = std::min(kBuffer, item.count - j);
     advance_any(stored, begin, {1, 1, 0, 0}, n, step, z, scales);
     prox_buffer(z, scales, n, step);
-    count += finish_any(stored, begin, n, step, z);
+    count += finish_any(stored, begin, n, step, z, scales);
   }
   return count;
 }

@@ -114,9 +114,10 @@ BREGMAN_LOOP int32_t finish_block(const Arrays<C> a, int64_t n, const Step<C>& s
 }
 
 // Advances the state of `rows` rows of n columns and writes their points, and their prox scales where these differ.
-template <class Rule, class C>
+// kSquares: adds the squares of the old parameters to those of each column, in type C: a search begins there.
+template <bool kSquares, class Rule, class C>
 BREGMAN_LOOP void advance_points(const Arrays<C> a, int64_t rows, int64_t stride, int64_t n, const Step<C>& step,
-                                 C* __restrict__ z, C* __restrict__ scales) {
+                                 C* __restrict__ z, C* __restrict__ scales, C* __restrict__ squares) {
   const auto k = step.template of<Rule>();
   for (int64_t r = 0; r < rows; ++r, z += n, scales += n) {
 #pragma GCC ivdep
@@ -125,20 +126,32 @@ BREGMAN_LOOP void advance_points(const Arrays<C> a, int64_t rows, int64_t stride
       const Point<C> p = point_of<true>(a, r * stride + j, k, s);
       z[j] = p.z;
       if constexpr (kPaired<Rule>) scales[j] = p.scale;
+      if constexpr (kSquares) squares[j] += a.param[r * stride + j] * a.param[r * stride + j];
     }
   }
 }
 
-// The new parameters from n prox points; returns how many are non-zero.
+// The prox point of an element from what is known of its group: a factor, rho in a metric, or the pull of a half-space step.
 template <class Rule, class C>
-BREGMAN_LOOP int32_t finish_points(const Arrays<C> a, int64_t n, const Step<C>& step, const C* __restrict__ q) {
+BREGMAN_HD C group_prox(C z, C scale, C number) {
+  if constexpr (Rule::kMetric) return shrink_weighted(z, scale, number);
+  else if constexpr (Rule::kHalfSpace) return half_space(z, scale, number);
+  else return z * number;
+}
+
+// The new parameters from n points, as they are or with the prox of their groups; returns how many are non-zero.
+template <bool kGroups, class Rule, class C>
+BREGMAN_LOOP int32_t finish_points(const Arrays<C> a, int64_t n, const Step<C>& step, const C* __restrict__ z,
+                                   const C* __restrict__ scales, const C* __restrict__ numbers) {
   const auto k = step.template of<Rule>();
   int32_t count = 0;
 #pragma GCC ivdep
   for (int64_t j = 0; j < n; ++j) {
     C s[kMaxSlots];
     load_state<Rule>(a, j, s);
-    count += finish_element(a, j, k, q[j], s);
+    C q = z[j];
+    if constexpr (kGroups) q = group_prox<Rule>(q, kPaired<Rule> ? scales[j] : C(0), numbers[j]);
+    count += finish_element(a, j, k, q, s);
   }
   return count;
 }
@@ -169,8 +182,10 @@ struct Loops {
   int slots, fixed;
   bool reads_param, late, metric, half_space;  // what the rule says of itself
   void (*prepare)(const StepArgs&, Step<C>&);
-  void (*advance_points)(Arrays<C>, int64_t, int64_t, int64_t, const Step<C>&, C*, C*);
-  int32_t (*finish_points)(Arrays<C>, int64_t, const Step<C>&, const C*);
+  void (*advance_points)(Arrays<C>, int64_t, int64_t, int64_t, const Step<C>&, C*, C*, C*);
+  void (*advance_squares)(Arrays<C>, int64_t, int64_t, int64_t, const Step<C>&, C*, C*, C*);  // in a metric
+  int32_t (*finish_points)(Arrays<C>, int64_t, const Step<C>&, const C*, const C*, const C*);
+  int32_t (*finish_groups)(Arrays<C>, int64_t, const Step<C>&, const C*, const C*, const C*);
   FusedLoops<C> none, l1;
 
   bool paired() const { return metric || half_space; }
@@ -199,17 +214,19 @@ Step<C>::Step(const Loops<C>& rule, const StepArgs& args) : rule(rule), scale(0)
   rule.prepare(args, *this);
 }
 
+template <class Rule, class C>
+constexpr Loops<C> loops() {
+  Loops<C> all{Rule::kStateSlots, Rule::kFixedSlots, Rule::kReadsParam, Rule::kLate, Rule::kMetric, Rule::kHalfSpace,
+               prepare<Rule, C>, advance_points<false, Rule, C>, nullptr, finish_points<false, Rule, C>,
+               finish_points<true, Rule, C>, fused_loops<Rule, NoPenalty, C>(), fused_loops<Rule, L1, C>()};
+  if constexpr (Rule::kMetric) all.advance_squares = advance_points<true, Rule, C>;
+  return all;
+}
 template <class C>
 const Loops<C>& loops_of(int rule) {
-  static constexpr Loops<C> all[] = {
-#define X(Functor, name)                                                                                                \
-  {Functor::kStateSlots,        Functor::kFixedSlots,       Functor::kReadsParam,                                       \
-   Functor::kLate,              Functor::kMetric,           Functor::kHalfSpace,                                        \
-   prepare<Functor, C>,         advance_points<Functor, C>, finish_points<Functor, C>,                                  \
-   fused_loops<Functor, NoPenalty, C>(), fused_loops<Functor, L1, C>()},
-      BREGMAN_RULES(X)
+#define X(Functor, name) loops<Functor, C>(),
+  static constexpr Loops<C> all[] = {BREGMAN_RULES(X)};
 #undef X
-  };
   return all[rule];
 }
 

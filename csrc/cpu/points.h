@@ -12,35 +12,40 @@ struct Rows {
   int64_t at(int64_t base, int64_t r) const { return base + (r / inner) * outer_stride + (r % inner) * inner_stride; }
 };
 
-// The points of `rows` rows of n columns, and their prox scales, for arrays of any dtype, masked or not: those that a mask
-// leaves out are zero.
+// The points of rows of n columns, and their prox scales, for arrays of any dtype, masked or not: those that a mask leaves
+// out are zero. Where a metric is to be searched, adds to the columns' sums of squares (loops.h).
 template <class T>
 void advance_any(const Stored<T>& stored, int64_t base, const Rows& rows, int64_t n, const Step<compute_t<T>>& step,
-                 compute_t<T>* z, compute_t<T>* scales) {
+                 compute_t<T>* z, compute_t<T>* scales, compute_t<T>* squares = nullptr) {
   using C = compute_t<T>;
-  if constexpr (!stored.kNarrow)
-    if (stored.mask == nullptr) {
-      for (int64_t r = 0; r < rows.outer; ++r, base += rows.outer_stride, z += rows.inner * n, scales += rows.inner * n)
-        step.rule.advance_points(stored.at(base), rows.inner, rows.inner_stride, n, step, z, scales);
-      return;
-    }
-  for (int64_t r = 0; r < rows.outer * rows.inner; ++r, z += n, scales += n) {
+  const auto advance = squares ? step.rule.advance_squares : step.rule.advance_points;
+  const bool whole = !stored.kNarrow && stored.mask == nullptr;
+  // Rows that lie side by side are converted at once.
+  const int64_t most = whole ? rows.inner : rows.inner_stride == n ? std::max<int64_t>(1, kBuffer / n) : 1;
+  for (int64_t r = 0, count; r < rows.outer * rows.inner; r += count, z += count * n, scales += count * n) {
+    count = std::min(most, rows.inner - r % rows.inner);
     const int64_t begin = rows.at(base, r);
-    stored.advance(begin, n, [&](const Arrays<C>& a, int64_t j, int64_t m, const flag_t<C>* keep) {
-      step.rule.advance_points(a, 1, 0, m, step, z + j, scales + j);
+    if constexpr (!stored.kNarrow)
+      if (whole) {
+        advance(stored.at(begin), count, rows.inner_stride, n, step, z, scales, squares);
+        continue;
+      }
+    stored.advance(begin, count * n, [&](const Arrays<C>& a, int64_t j, int64_t m, const flag_t<C>* keep) {
+      advance(a, count, n, m / count, step, z + j, scales + j, squares ? squares + j : nullptr);
       if (keep == nullptr) return;
       clear_masked(z + j, m, keep);
       if (step.rule.paired()) clear_masked(scales + j, m, keep);
     });
   }
 }
-// The new parameters from n prox points; returns how many are non-zero.
+// The new parameters from n points, with the numbers of their groups if there are any; returns how many are non-zero.
 template <class T>
 int32_t finish_any(const Stored<T>& stored, int64_t begin, int64_t n, const Step<compute_t<T>>& step,
-                   const compute_t<T>* q) {
+                   const compute_t<T>* z, const compute_t<T>* scales, const compute_t<T>* numbers = nullptr) {
   using C = compute_t<T>;
+  const auto finish = numbers ? step.rule.finish_groups : step.rule.finish_points;
   return stored.template store<Visit::second>(begin, n, false, [&](const Arrays<C>& a, int64_t j, int64_t m) {
-    return step.rule.finish_points(a, m, step, q + j);
+    return finish(a, m, step, z + j, scales + j, numbers ? numbers + j : nullptr);
   });
 }
 

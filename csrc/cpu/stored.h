@@ -202,22 +202,6 @@ struct Stored {
     return param + i;
   }
 
-  // Calls f(parameters, j, m) likewise, for parameters as they are before the step.
-  template <class F>
-  void old_params(int64_t begin, int64_t n, F f) const {
-    if constexpr (!kNarrow) {
-      f(param + begin, 0, n);
-    } else if (master != nullptr) {
-      f(master + begin, 0, n);
-    } else {
-      alignas(64) C wide[kBuffer];
-      for_buffers(n, [&](int64_t j, int64_t m) {
-        widen_all(param + begin + j, m, wide);
-        f(wide, j, m);
-      });
-    }
-  }
-
  private:
   C* slot(const TensorRecord& t, int number) const {
     return number < rule.slots ? static_cast<C*>(t.state[number]) : nullptr;
@@ -235,6 +219,7 @@ struct Stored {
     alignas(64) C grads[kBuffer], params[kBuffer];
     for_buffers(n, [&](int64_t j, int64_t m) {
       if (reads_grad(kVisit)) widen_all(grad + begin + j, m, grads);
+      if (kVisit == Visit::first && rule.metric && !master) widen_all(param + begin + j, m, params);  // to be squared
       f(state.with(master ? master + begin + j : params, grads, begin + j), j, m);
     });
   }
