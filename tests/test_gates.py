@@ -224,26 +224,25 @@ FUNCTIONS = {
     "advance_run": ("loops.h", PLAIN, COMMON, COMPUTE),
     "advance_rows": ("loops.h", ("1", "4"), PLAIN, COMMON, COMPUTE),
     "finish_block": ("loops.h", PLAIN, COMMON, COMPUTE),
-    "advance_points": ("loops.h", RULES, COMPUTE),
-    "finish_points": ("loops.h", RULES, COMPUTE),
+    "advance_points": ("loops.h", ("false", "true"), RULES, COMPUTE),
+    "finish_points": ("loops.h", ("false", "true"), RULES, COMPUTE),
     "prox_points": ("points.h", PENALTIES[1:], COMPUTE),
     "prox_each": ("points.h", PENALTIES[1:] if METRIC else (), COMPUTE),
     "add_squares": ("points.h", COMPUTE),
     "add_pairs": ("group_prox.h", ("CurveTerms", "GainTerms", "HalfSpaceTerms"), COMPUTE),
     "add_moments": ("group_prox.h", COMPUTE),
     "move_up": ("group_prox.h", COMPUTE),
-    "scale_points": ("group_prox.h", COMPUTE),
-    "half_space_points": ("group_prox.h", COMPUTE),
-    "shrink_points": ("group_prox.h", COMPUTE),
 }
 
 
 def is_missing(function: str, instance: tuple[str, ...]) -> bool:
-    """Whether the loop only copies, which GCC hands to memcpy (a late rule's point is its dual as it is stored); or
-    takes several rows, which is for rules that read one array beside the gradient."""
-    if function == "advance_rows" and instance[0] != "1":
-        return instance[1] not in ONE_ARRAY
-    return function in ("advance_run", "advance_points") and instance[0] in LATE and "L1" not in instance
+    """Whether the loop only copies, which GCC hands to memcpy (a late rule's point is its dual as it is stored); takes
+    several rows, which is for rules that read one array beside the gradient; or sums for a metric that is none."""
+    if function == "advance_rows":
+        return instance[0] != "1" and instance[1] not in ONE_ARRAY
+    if function == "advance_points":
+        return instance[1] in LATE if instance[0] == "false" else instance[1] not in METRIC
+    return function == "advance_run" and instance[0] in LATE and "L1" not in instance
 
 
 def loop_lines(file: str, function: str) -> set[int]:

@@ -34,9 +34,7 @@ struct PointGroups : TileOf<T> {
     }
     if (step.elementwise.kind != 0) prox_buffer<C>(z, scales, elements, step);
     if (step.rule.metric) {
-      // The processor foresees what a long run goes on with.
-      const bool fetches = !groups.folds && rows <= this->inner;
-      if (straight) groups.shrink_in_metric(line, fetches ? Ahead(stored, base + columns, this->row_stride) : Ahead());
+      if (straight) groups.shrink_in_metric(line, {stored, base + columns, rows, columns, this->row_stride});
       else groups.shrink_along(step.radial, C(t.weight));
     } else if (step.rule.half_space) {
       groups.project(line, step.rate, step.tolerance);
