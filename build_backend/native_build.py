@@ -185,9 +185,8 @@ class NativeBuild:
         return [*cxx.command, *users, *CXX_FLAGS, *optional, "-Icsrc"]
 
     def _nvcc_command(self, nvcc: Nvcc, cxx: Cxx, archs: list[str]) -> list[str]:
-        # Spare CPUs take architectures at once, and the kernels of a file, of which one has most.
-        threads = max(1, self.workers // len(self._sources(CUDA_SOURCES)))
-        parallel = [f"--threads={min(threads, len(archs))}"]
+        # Architectures are taken at once, as one file takes most of the time; spare CPUs share out its kernels.
+        parallel = [f"--threads={min(self.workers, len(archs))}"]
         if float(nvcc.release) >= 12.1 and self.workers > len(archs):
             parallel.append(f"--split-compile={self.workers // len(archs)}")
         host = [f"-ccbin={cxx.command[0]}"] if self.env.get("CXX") else []
