@@ -1,5 +1,5 @@
-// Groups whose points are kept in a buffer: with elementwise penalties other than none and L1, in a diagonal metric, and for
-// half-space steps.
+// Groups whose points are kept in a buffer: with elementwise penalties other than none and L1, in a diagonal metric,
+// and for half-space steps.
 #pragma once
 
 #include "group_prox.h"
@@ -45,8 +45,10 @@ struct PointGroups : TileOf<T> {
     const int64_t width = groups.folds ? kBuffer : columns;
     int32_t nonzeros = 0;
     for (int64_t r = 0; r < rows; ++r)
-      for (int64_t j = 0; j < columns; j += width, z += width, scales += width)
-        nonzeros += finish_any(stored, this->offset(base, r) + j, std::min(width, columns - j), step, z, scales, numbers);
+      for (int64_t j = 0; j < columns; j += width) {
+        const int64_t begin = this->offset(base, r) + j, i = r * columns + j;
+        nonzeros += finish_any(stored, begin, std::min(width, columns - j), step, z + i, scales + i, numbers);
+      }
     if (alive != nullptr)
       for (int64_t m = 0; m < count; ++m) *alive += this->any_nonzero(base + m * row);
     return nonzeros;

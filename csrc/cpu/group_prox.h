@@ -6,8 +6,8 @@
 BREGMAN_BEGIN
 
 // What the next tile will read, asked for while this one is searched, which reads no memory: a line of each array at a
-// time, at the pace at which memory delivers them. The last tile asks for what is behind the arrays: these are addresses,
-// not pointers.
+// time, at the pace at which memory delivers them. The last tile asks for what is behind the arrays: these are
+// addresses, not pointers.
 class Ahead {
  public:
   static constexpr int64_t kEvery = 4;  // rows that are searched meanwhile (ProxAdam, groups out: 2 to 16 take 6% more)
@@ -169,8 +169,8 @@ BREGMAN_LOOP void add_level_moments(const Matrix<C> m, C level, const C* __restr
     }
 }
 
-// Points in a buffer: `count` groups of `row` neighbouring columns in each row. A search finds a number for every group,
-// which `numbers` repeats for every column.
+// Points in a buffer: `count` groups of `row` neighbouring columns in each row. A search finds a number for every
+// group, which `numbers` repeats for every column.
 template <class C>
 class BufferedGroups {
  public:
@@ -219,7 +219,8 @@ class BufferedGroups {
       visit_root(norms, line, ahead);
       for (int64_t g = 0; g < count_; ++g) {
         if (search_[g] == Search::settled) continue;
-        norms[g] = root_step<C>(double(group_[g]), {totals_[g], totals_[count_ + g], totals_[2 * count_ + g]}, search_[g]);
+        const Moments<double> sums{totals_[g], totals_[count_ + g], totals_[2 * count_ + g]};
+        norms[g] = root_step<C>(double(group_[g]), sums, search_[g]);
         left -= search_[g] == Search::settled;
       }
     }

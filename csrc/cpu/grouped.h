@@ -47,19 +47,49 @@ double sum_lanes(double* lanes) {
   return lanes[0];
 }
 
-// totals[m] = the sum of `row` neighbours, for `count` groups.
+// totals[m] = the sum of `row` neighbours, for `count` groups, in an order that depends on `row` alone: of every fourth
+// one, of these four, and of the rest.
 inline void sum_rows(const double* __restrict__ values, int64_t row, int64_t count, double* __restrict__ totals) {
-  constexpr int64_t kSide = 8;  // groups at a time: an addition waits for the one before
-  int64_t m = 0;
-  for (; m + kSide <= count; m += kSide) {
-    double sums[kSide] = {};
-    for (int64_t c = 0; c < row; ++c)
-      for (int64_t side = 0; side < kSide; ++side) sums[side] += values[(m + side) * row + c];
-    for (int64_t side = 0; side < kSide; ++side) totals[m + side] = sums[side];
+  typedef double Four __attribute__((vector_size(32)));
+#if defined(__clang__)
+#define BREGMAN_PICK(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#else
+  typedef int64_t Places __attribute__((vector_size(32)));
+#define BREGMAN_PICK(x, y, ...) __builtin_shuffle(x, y, Places{__VA_ARGS__})
+#endif
+  if (row == 1) {
+    std::copy_n(values, count, totals);
+    return;
   }
+  const int64_t whole = row / 4 * 4;
+  int64_t m = 0;
+  for (; m + 4 <= count; m += 4) {
+    const double* const from = values + m * row;
+    const double* const group[] = {from, from + row, from + 2 * row, from + 3 * row};
+    Four sums[4] = {};
+    for (int64_t c = 0; c < whole; c += 4)
+      for (int g = 0; g < 4; ++g) {
+        Four four;
+        std::memcpy(&four, group[g] + c, sizeof(four));
+        sums[g] += four;
+      }
+    auto fold = [](const Four& x, const Four& y, Four& pairs) {
+      pairs = BREGMAN_PICK(x, y, 0, 4, 2, 6) + BREGMAN_PICK(x, y, 1, 5, 3, 7);
+    };
+    Four first, last;
+    fold(sums[0], sums[1], first);
+    fold(sums[2], sums[3], last);
+    Four total = BREGMAN_PICK(first, last, 0, 1, 4, 5) + BREGMAN_PICK(first, last, 2, 3, 6, 7);
+    for (int64_t c = whole; c < row; ++c) total += Four{group[0][c], group[1][c], group[2][c], group[3][c]};
+    std::memcpy(totals + m, &total, sizeof(total));
+  }
+#undef BREGMAN_PICK
   for (; m < count; ++m) {
-    double total = 0;
-    for (int64_t c = 0; c < row; ++c) total += values[m * row + c];
+    const double* const from = values + m * row;
+    double sums[4] = {};
+    for (int64_t c = 0; c < whole; ++c) sums[c % 4] += from[c];
+    double total = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    for (int64_t c = whole; c < row; ++c) total += from[c];
     totals[m] = total;
   }
 }
@@ -69,7 +99,8 @@ inline void add_numbers(const double* __restrict__ values, int64_t n, double* __
 }
 
 template <class Scalar, class C>
-void radial_factors(const double* __restrict__ totals, int64_t count, C scale, const Penalty<C> k, C* __restrict__ factor) {
+void radial_factors(const double* __restrict__ totals, int64_t count, C scale, const Penalty<C> k,
+                    C* __restrict__ factor) {
 #pragma GCC ivdep
   for (int64_t m = 0; m < count; ++m) factor[m] = radial_factor<Scalar>(C(square_root(totals[m])), scale, k);
 }
@@ -89,9 +120,15 @@ void radial_factors(const double* totals, int64_t count, C scale, const Penalty<
 constexpr int64_t kSpread = 16;
 template <class C>
 void spread(const C* __restrict__ factor, int64_t row, int64_t count, C* __restrict__ columns) {
+  auto repeat = [](C value, C* to) {  // whole vectors: the next group overwrites the surplus
+    for (int64_t lane = 0; lane < kSpread; ++lane) to[lane] = value;
+  };
+  if (row <= kSpread) {
+    for (int64_t m = 0; m < count; ++m) repeat(factor[m], columns + m * row);
+    return;
+  }
   for (int64_t m = 0; m < count; ++m)
-    for (int64_t c = 0; c < row; c += kSpread)  // whole vectors: the surplus is overwritten by the next group
-      for (int64_t lane = 0; lane < kSpread; ++lane) columns[m * row + c + lane] = factor[m];
+    for (int64_t c = 0; c < row; c += kSpread) repeat(factor[m], columns + m * row + c);
 }
 
 // Groups of one tensor, or a strip of it: rows of contiguous columns, `row` of them per group.
@@ -105,8 +142,9 @@ struct TileOf {
   Scratch& scratch = thread_scratch();
 
   TileOf(const TensorRecord& record, const void* grad, const Step<C>& step, int64_t strip = 0)
-      : t(record), step(step), stored(record, grad, step.rule), row(t.layout.r2), rows(strip ? strip : t.layout.rows()), inner(strip ? strip : t.layout.r1),
-        row_stride(t.layout.g2 * row), r0_stride(t.layout.g1 * inner * row_stride) {}
+      : t(record), step(step), stored(record, grad, step.rule), row(t.layout.r2),
+        rows(strip ? strip : t.layout.rows()), inner(strip ? strip : t.layout.r1), row_stride(t.layout.g2 * row),
+        r0_stride(t.layout.g1 * inner * row_stride) {}
 
   int64_t offset(int64_t base, int64_t r) const { return all_rows().at(base, r); }
   Rows all_rows() const { return {rows / inner, inner, r0_stride, row_stride}; }
@@ -237,7 +275,8 @@ struct Groups : TileOf<T> {
     const int64_t next = left < columns ? left : columns;
     const int32_t nonzeros = finish(base, columns, spread_factor, next);
     if (alive != nullptr)
-      for (int64_t m = 0; m < count; ++m) *alive += (factor[m] != C(0) || step.rule.reads_param) && this->any_nonzero(base + m * row);
+      for (int64_t m = 0; m < count; ++m)
+        *alive += (factor[m] != C(0) || step.rule.reads_param) && this->any_nonzero(base + m * row);
     return nonzeros;
   }
 

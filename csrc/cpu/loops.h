@@ -1,6 +1,6 @@
-// The loops of a rule, and the table that everything else calls them through: dtypes, masks, groups and their proxes are
-// compiled once, not once per rule. No loop switches by the penalty, which would stop its vectorisation: those in common
-// use are part of the rule's loops, all others run in loops of their own, between the points and the rest (points.h).
+// The loops of a rule, and the table that everything else calls them through: dtypes, masks, groups and their proxes
+// are compiled once, not once per rule. No loop switches by the penalty, which would stop its vectorisation: those in
+// common use are part of the rule's loops, others run in loops of their own, between points and the rest (points.h).
 #pragma once
 
 #include "arrays.h"
@@ -131,7 +131,7 @@ BREGMAN_LOOP void advance_points(const Arrays<C> a, int64_t rows, int64_t stride
   }
 }
 
-// The prox point of an element from what is known of its group: a factor, rho in a metric, or the pull of a half-space step.
+// The prox point of an element, from what is known of its group: a factor, rho in a metric, the pull of a half-space.
 template <class Rule, class C>
 BREGMAN_HD C group_prox(C z, C scale, C number) {
   if constexpr (Rule::kMetric) return shrink_weighted(z, scale, number);
@@ -162,7 +162,7 @@ struct FusedLoops {
   int32_t (*separable_block)(Arrays<C>, int64_t, const Step<C>&);
   void (*advance_run)(Arrays<C>, int64_t, const Step<C>&, double*);
   void (*advance_row)(Arrays<C>, int64_t, int64_t, const Step<C>&, double*);
-  void (*advance_four)(Arrays<C>, int64_t, int64_t, const Step<C>&, double*);  // few enough streams to be foreseen, or null
+  void (*advance_four)(Arrays<C>, int64_t, int64_t, const Step<C>&, double*);  // or null: too many streams to foresee
   int32_t (*finish_block)(Arrays<C>, int64_t, const Step<C>&, const C*);
 };
 template <class Rule, class Elementwise, class C>
@@ -172,7 +172,8 @@ constexpr FusedLoops<C> fused_loops() {
   } else {
     FusedLoops<C> loops{separable_block<Rule, Elementwise, C>, advance_run<Rule, Elementwise, C>,
                         advance_rows<1, Rule, Elementwise, C>, nullptr, finish_block<Rule, Elementwise, C>};
-    if constexpr (Rule::kReadsParam + Rule::kStateSlots == 1) loops.advance_four = advance_rows<4, Rule, Elementwise, C>;
+    if constexpr (Rule::kReadsParam + Rule::kStateSlots == 1)
+      loops.advance_four = advance_rows<4, Rule, Elementwise, C>;
     return loops;
   }
 }

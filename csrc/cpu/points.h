@@ -12,8 +12,8 @@ struct Rows {
   int64_t at(int64_t base, int64_t r) const { return base + (r / inner) * outer_stride + (r % inner) * inner_stride; }
 };
 
-// The points of rows of n columns, and their prox scales, for arrays of any dtype, masked or not: those that a mask leaves
-// out are zero. Where a metric is to be searched, adds to the columns' sums of squares (loops.h).
+// The points of rows of n columns, and their prox scales, for arrays of any dtype, masked or not: those that a mask
+// leaves out are zero. Where a metric is to be searched, adds to the columns' sums of squares (loops.h).
 template <class T>
 void advance_any(const Stored<T>& stored, int64_t base, const Rows& rows, int64_t n, const Step<compute_t<T>>& step,
                  compute_t<T>* z, compute_t<T>* scales, compute_t<T>* squares = nullptr) {
