@@ -20,7 +20,7 @@ class Ahead {
     for (const auto* slot : {stored.state.slot0, stored.state.slot1, stored.state.slot2})
       if (slot) add(slot, begin);
     if (stored.master) add(stored.master, begin);
-    else add(stored.param, begin);
+    add(stored.param, begin);
   }
   BREGMAN_HD void fetch() {
     if (rows_ == 0) return;
@@ -34,7 +34,7 @@ class Ahead {
   }
 
  private:
-  static constexpr int kMost = 5;
+  static constexpr int kMost = 6;
   static constexpr int64_t kElements = 16;  // a line of float
   template <class T>
   void add(const T* array, int64_t begin) {
