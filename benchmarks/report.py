@@ -69,6 +69,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def make_folder(option: str, folder: Path) -> None:
+    """Ends the program, before anything is measured, where it could not write what it found."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"{option}: {folder} cannot be made a folder ({error.strerror}); choose another one")
+
+
 def choose(device: str, dtype: torch.dtype, quick: bool) -> list[Contestant]:
     """The contestants of a run, torch's first."""
     everyone = field.torchs(dtype) + field.ours(device, dtype) + peers.peers(dtype)
@@ -110,7 +118,6 @@ def row(result: Result, name: str, numel: int, copy: float) -> Row:
 def run(args: argparse.Namespace, where: Row) -> tuple[list[Row], dict[str, float]]:
     """Rows of all sets, and the copy's GB/s per set; report.json is written after every set."""
     dtype, rows, copies = getattr(torch, args.dtype), [], {}
-    args.out.mkdir(parents=True, exist_ok=True)
     everyone = choose(args.device, dtype, args.quick)
     for name in args.shapes:
         sizes = shapes.SETS[name]()
@@ -277,6 +284,7 @@ def plot(rows: list[Row], copies: dict[str, float], where: Row, path: Path) -> N
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    make_folder("--out", args.out)
     if peers.WHY:
         print(f"left out: {peers.WHY}", file=sys.stderr)
     info = bc.build_info()

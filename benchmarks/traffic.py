@@ -210,6 +210,8 @@ def show(rows: list[Row], title: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    if args.json:
+        report.make_folder("--json", args.json.parent)
     info = bc.build_info()
     if not args.no_time and not info["cpu"]:
         print(f"no CPU kernels ({info['reasons'].get('cpu')}): --no-time counts bytes alone", file=sys.stderr)
@@ -219,7 +221,6 @@ def main(argv: list[str] | None = None) -> int:
     timing = "" if args.no_time else f", {args.shapes}, {where['cpu']}, {where['threads']} threads"
     show(rows, f"Bytes per parameter and step{timing}, torch {where['torch']}, {where['date'][:10]}")
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         limits = {"bytes": MOST_BYTES, "time": MOST_TIME}
         args.json.write_text(json.dumps({"machine": where, "limits": limits, "rows": rows}, indent=1) + "\n")
     return 0

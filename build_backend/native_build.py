@@ -185,7 +185,8 @@ class NativeBuild:
         return [*cxx.command, *users, *CXX_FLAGS, *optional, "-Icsrc"]
 
     def _nvcc_command(self, nvcc: Nvcc, cxx: Cxx, archs: list[str]) -> list[str]:
-        # Architectures are taken at once, as one file takes most of the time; spare CPUs share out its kernels.
+        # Architectures are taken at once, as one file takes most of the time (until the others are done, more run than
+        # there are CPUs); spare CPUs share out its kernels.
         parallel = [f"--threads={min(self.workers, len(archs))}"]
         if float(nvcc.release) >= 12.1 and self.workers > len(archs):
             parallel.append(f"--split-compile={self.workers // len(archs)}")

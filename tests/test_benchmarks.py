@@ -19,7 +19,7 @@ CPU, CUDA = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
 def bench():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "benchmarks"))
-        names = ("contestants", "measure", "report", "sanitize", "shapes")
+        names = ("contestants", "measure", "report", "sanitize", "shapes", "traffic")
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
 
 
@@ -80,3 +80,12 @@ def test_host_time_is_promised_where_it_was_measured(bench):
         "MISSED LinBreg l1 host time / torch fused Adam's, thousand: 0.30 (wanted <= 0.25)",
     ]
     assert bench.report.targets(ours) == []
+
+
+def test_a_folder_that_cannot_be_made_ends_the_program_before_it_measures(bench, tmp_path):
+    (tmp_path / "file").touch()
+    for program, option, name in ((bench.report, "--out", ""), (bench.traffic, "--json", "/bytes.json")):
+        folder = tmp_path / "file/folder"
+        with pytest.raises(SystemExit) as error:
+            program.main([option, f"{folder}{name}"])
+        assert str(error.value) == f"{option}: {folder} cannot be made a folder (Not a directory); choose another one"

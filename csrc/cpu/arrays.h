@@ -2,10 +2,7 @@
 // out is cleared behind them (stored.h).
 #pragma once
 
-#include "../math/curved.h"
 #include "../math/dtypes.h"
-#include "../math/half_space.h"
-#include "../math/radial.h"
 #include "../math/rule_list.h"
 #include "../math/scalars.h"
 #include "step.h"

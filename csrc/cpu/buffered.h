@@ -34,7 +34,8 @@ struct PointGroups : TileOf<T> {
     }
     if (step.elementwise.kind != 0) prox_buffer<C>(z, scales, elements, step);
     if (step.rule.metric) {
-      if (straight) groups.shrink_in_metric(line, {stored, base + columns, rows, columns, this->row_stride});
+      const int64_t level = std::min(rows, this->inner);
+      if (straight) groups.shrink_in_metric(line, {stored, base + columns, level, columns, this->row_stride});
       else groups.shrink_along(step.radial, C(t.weight));
     } else if (step.rule.half_space) {
       groups.project(line, step.rate, step.tolerance);

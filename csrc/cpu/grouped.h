@@ -1,8 +1,9 @@
-// The loops for group penalties. A group is visited twice: once to advance its state and sum the squares of its prox
+// Groups, without a buffer of points. Each is visited twice: once to advance its state and sum the squares of its prox
 // points, once to shrink by the factor that follows. Points are not kept in between: the second visit computes them
 // again from the state, which the caches still hold, or in strips, which memory does.
 #pragma once
 
+#include "../math/radial.h"
 #include "points.h"
 
 BREGMAN_BEGIN
@@ -28,7 +29,7 @@ void advance_columns(const Stored<T>& stored, int64_t base, const Rows& rows, in
   const int64_t ahead = ceil_div(kAhead, n);
   for (int64_t outer = 0; outer < rows.outer; ++outer) {
     int64_t inner = 0, begin = base + outer * rows.outer_stride;
-    if constexpr (!stored.kNarrow)
+    if constexpr (!Stored<T>::kNarrow)
       for (; loops.advance_four && whole && inner + kSide <= rows.inner; inner += kSide, begin += kSide * n)
         loops.advance_four(stored.at(begin), n, n, step, sums);
     for (; inner < rows.inner; ++inner, begin += rows.inner_stride) {

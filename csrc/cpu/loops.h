@@ -3,6 +3,7 @@
 // common use are part of the rule's loops, others run in loops of their own, between points and the rest (points.h).
 #pragma once
 
+#include "../math/half_space.h"
 #include "arrays.h"
 
 BREGMAN_BEGIN
@@ -217,6 +218,7 @@ Step<C>::Step(const Loops<C>& rule, const StepArgs& args) : rule(rule), scale(0)
 
 template <class Rule, class C>
 constexpr Loops<C> loops() {
+  static_assert(Rule::kStateSlots <= 3 && Rule::kStateSlots + Rule::kReadsParam <= kMaxSlots);  // arrays.h, plan.h
   Loops<C> all{Rule::kStateSlots, Rule::kFixedSlots, Rule::kReadsParam, Rule::kLate, Rule::kMetric, Rule::kHalfSpace,
                prepare<Rule, C>, advance_points<false, Rule, C>, nullptr, finish_points<false, Rule, C>,
                finish_points<true, Rule, C>, fused_loops<Rule, NoPenalty, C>(), fused_loops<Rule, L1, C>()};

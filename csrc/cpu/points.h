@@ -19,23 +19,24 @@ void advance_any(const Stored<T>& stored, int64_t base, const Rows& rows, int64_
                  compute_t<T>* z, compute_t<T>* scales, compute_t<T>* squares = nullptr) {
   using C = compute_t<T>;
   const auto advance = squares ? step.rule.advance_squares : step.rule.advance_points;
-  const bool whole = !stored.kNarrow && stored.mask == nullptr;
+  const bool whole = !Stored<T>::kNarrow && stored.mask == nullptr;
   // Rows that lie side by side are converted at once.
   const int64_t most = whole ? rows.inner : rows.inner_stride == n ? std::max<int64_t>(1, kBuffer / n) : 1;
   for (int64_t r = 0, count; r < rows.outer * rows.inner; r += count, z += count * n, scales += count * n) {
     count = std::min(most, rows.inner - r % rows.inner);
     const int64_t begin = rows.at(base, r);
-    if constexpr (!stored.kNarrow)
+    if constexpr (!Stored<T>::kNarrow)
       if (whole) {
         advance(stored.at(begin), count, rows.inner_stride, n, step, z, scales, squares);
         continue;
       }
-    stored.advance(begin, count * n, [&](const Arrays<C>& a, int64_t j, int64_t m, const flag_t<C>* keep) {
+    auto run = [&](const Arrays<C>& a, int64_t j, int64_t m, const flag_t<C>* keep) {
       advance(a, count, n, m / count, step, z + j, scales + j, squares ? squares + j : nullptr);
       if (keep == nullptr) return;
       clear_masked(z + j, m, keep);
       if (step.rule.paired()) clear_masked(scales + j, m, keep);
-    });
+    };
+    stored.advance(begin, count * n, run, /*reads_param=*/squares != nullptr);
   }
 }
 // The new parameters from n points, with the numbers of their groups if there are any; returns how many are non-zero.

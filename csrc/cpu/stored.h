@@ -10,6 +10,7 @@
 BREGMAN_BEGIN
 
 constexpr int64_t kBuffer = 1024;  // elements that are converted, masked, or written past the caches, at a time
+static_assert(kBuffer % kLanes == 0);
 template <class T>
 constexpr int64_t kLine = int64_t(64 / sizeof(T));  // elements per memory line
 
@@ -144,16 +145,17 @@ struct Stored {
   }
 
   // Calls f(arrays, j, m, keep) for runs of m elements from `begin` + j on, n in all, before parameters are stored; `keep`
-  // has the flags of a mask, if there is one. State that it leaves out becomes zero behind f.
+  // has the flags of a mask, if there is one. State that it leaves out becomes zero behind f. 16-bit parameters are there
+  // if the rule or `reads_param` says so.
   template <class F>
-  void advance(int64_t begin, int64_t n, F f) const {
+  void advance(int64_t begin, int64_t n, F f, bool reads_param = false) const {
     auto masked = [&](const Arrays<C>& a, int64_t j, int64_t m) {
       if (mask == nullptr) return f(a, j, m, nullptr);
       const Keep<C> keep(mask, begin + j, m);
       f(a, j, m, keep.flags);
       if (!rule.late) clear_state(begin + j, m, keep);
     };
-    if constexpr (kNarrow) converted<Visit::first>(begin, n, masked);
+    if constexpr (kNarrow) converted<Visit::first>(begin, n, masked, reads_param);
     else if (mask == nullptr) f(at(begin), 0, n, nullptr);
     else for_buffers(n, [&](int64_t j, int64_t m) { masked(at(begin + j), j, m); });
   }
@@ -215,11 +217,11 @@ struct Stored {
     for (int64_t j = 0; j < n; j += kBuffer) f(j, std::min(kBuffer, n - j));
   }
   template <Visit kVisit, class F>
-  void converted(int64_t begin, int64_t n, F f) const {
+  void converted(int64_t begin, int64_t n, F f, bool reads_param = false) const {
     alignas(64) C grads[kBuffer], params[kBuffer];
     for_buffers(n, [&](int64_t j, int64_t m) {
       if (reads_grad(kVisit)) widen_all(grad + begin + j, m, grads);
-      if (kVisit == Visit::first && rule.metric && !master) widen_all(param + begin + j, m, params);  // to be squared
+      if (reads_param && !master) widen_all(param + begin + j, m, params);
       f(state.with(master ? master + begin + j : params, grads, begin + j), j, m);
     });
   }
