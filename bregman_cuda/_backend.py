@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ._version import __version__
+from ._warn import warn
 
 if TYPE_CHECKING:
     from .optim._rule import Hyper, Rule
@@ -202,8 +202,7 @@ def _kernels() -> Kernels:
 
 @functools.cache
 def _warn_once(device: str, why: str) -> None:
-    warnings.warn(
+    warn(
         f"bregman_cuda: no compiled {device} kernels ({why}); using the slower plain-torch reference. "
-        "`python -m bregman_cuda info` tells more.",
-        stacklevel=2,
+        "`python -m bregman_cuda info` tells more."
     )

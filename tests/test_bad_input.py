@@ -178,6 +178,7 @@ def test_an_entry_of_a_group_that_looks_like_an_option_is_warned_of():
         "Is 'reg', such as reg=L1(lam=0.1), meant?",
         "LinBreg has no option 'momentun': that entry of a parameter group does nothing. Is 'momentum' meant?",
     ]
+    assert {warning.filename for warning in caught} == {__file__}
     assert optimizer.param_groups[0].items() >= entries.items()  # as in torch
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -398,8 +399,9 @@ def test_fused_true_without_kernels_names_the_parameter_and_the_reason(monkeypat
     with pytest.raises(RuntimeError, match=r"fused=True, but parameter 'w' cannot use kernels: it was not compiled"):
         LinBreg([("w", p)], fused=True).step()
     assert p.tolist() == [1.0, 1.0, 1.0]
-    with pytest.warns(UserWarning, match=r"no compiled cpu kernels \(it was not compiled\); using the slower"):
+    with pytest.warns(UserWarning, match=r"no compiled cpu kernels \(it was not compiled\); using the slower") as seen:
         LinBreg([p], lr=1.0, fused=None).step()
+    assert seen[0].filename == __file__
     assert p.tolist() == [0.0, 0.0, 0.0]
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 import operator
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.parameter import is_lazy
 
+from .._warn import warn
 from ..regularizers import Regularizer
 from ..regularizers._base import check_number
 from . import _checkpoint, _masks
@@ -32,10 +32,9 @@ def warn_of_misspelt(optimizer: SparseOptimizer, param_group: dict[str, Any]) ->
         known = name in optimizer.defaults or name in ("params", "param_names", *_checkpoint.FOREIGN)
         likely = [] if known or not isinstance(name, str) else difflib.get_close_matches(name, meant, 1, 0.8)
         if likely:
-            warnings.warn(
+            warn(
                 f"{type(optimizer).__name__} has no option {name!r}: that entry of a parameter group does nothing. "
-                f"Is {meant[likely[0]]} meant?",
-                stacklevel=3,
+                f"Is {meant[likely[0]]} meant?"
             )
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._warn import warn
 from ..reference import state_dtype
 from ..regularizers import Regularizer
 from ..regularizers._base import check_number
@@ -168,10 +167,9 @@ class SplitLBI(SparseOptimizer):
         known = warned.get(id(group["params"][0]), False)
         warned[id(group["params"][0])] = rate >= limit
         if rate >= limit and not known:
-            warnings.warn(
+            warn(
                 f"SplitLBI: kappa * lr = {rate:g} is not stable for curvature {curvature:g} and mu = {mu:g}; "
-                f"keep it below {limit:g}",
-                stacklevel=_levels_to_the_caller(),
+                f"keep it below {limit:g}"
             )
 
     def _rule(self, group: dict[str, Any]) -> Rule:
@@ -321,14 +319,6 @@ def stable_rate(
 
 
 _stable_rate = functools.lru_cache(maxsize=64)(stable_rate)  # takes milliseconds, and a step asks for it
-
-
-def _levels_to_the_caller() -> int:
-    """The `stacklevel` of a warning in the code that called this package, through torch or not."""
-    frame, level, inside = sys._getframe(1), 1, ("bregman_cuda", "torch")
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in inside:
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 _MOMENTUM, _PLAIN = SplitLBIMomentumRule(), SplitLBIRule()

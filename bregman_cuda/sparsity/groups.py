@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Union
 
 from torch import nn
 
+from .._warn import warn
 from ..regularizers import L1, Regularizer
 from .layers import Weight, computed_weights, matches, named_tensors, weight_tensors
 
@@ -72,13 +72,12 @@ def param_groups(model: nn.Module, weights: Choice = L1(0.1), **overrides: Any) 
     asks_for_none = weights is None or callable(weights) or (isinstance(weights, Mapping) and len(weights) > 0)
     if all(reg is None for reg in chosen.values()) and not asks_for_none:
         rest = ", ".join([name for name, _ in named[:5]] + ["..."] * (len(named) > 5))
-        warnings.warn(
+        warn(
             f"{type(model).__name__} has no weight for {weights}, so nothing is regularized. Its parameters are "
-            f"{rest}; name those that should be in a dict, such as {{{named[0][0]!r}: L1(0.1)}}",
-            stacklevel=2,
+            f"{rest}; name those that should be in a dict, such as {{{named[0][0]!r}: L1(0.1)}}"
         )
     for name in computed_weights(model):
-        warnings.warn(f"{name!r} is computed by a parametrization: its sources stay plain", stacklevel=2)
+        warn(f"{name!r} is computed by a parametrization: its sources stay plain")
     return list(groups.values())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
+from .._warn import warn
 from ..regularizers._base import check_number
 from .activation_path import ActivationPath, Unit, chosen_layers, named_of
 from .resize import filter_dim, owner_of
@@ -73,10 +73,9 @@ def prune_by_order(
         for part, mask in parts.items():  # a bias with a twin goes with its filter, and by its own place
             masks[part] = masks[part] & mask if part in masks else mask
     if biases and names and not by_filters:
-        warnings.warn(
+        warn(
             "prune_by_order: biases=True prunes no bias, as all of these layers are pruned by single weights; "
-            "pass unit='filter' to prune rows of Linear layers with their biases",
-            stacklevel=3,  # no_grad's wrapper lies between
+            "pass unit='filter' to prune rows of Linear layers with their biases"
         )
     named = named_of(path.model)
     for name, mask in masks.items():
