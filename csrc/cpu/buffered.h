@@ -38,7 +38,7 @@ struct PointGroups : TileOf<T> {
       if (straight) groups.shrink_in_metric(line, {stored, base + columns, level, columns, this->row_stride});
       else groups.shrink_along(step.radial, C(t.weight));
     } else if (step.rule.half_space) {
-      groups.project(line, step.rate, step.tolerance);
+      groups.project(line, step.lr, step.epsilon);
     } else {
       groups.shrink(step.scale * C(t.weight), step.radial);
     }

@@ -30,8 +30,8 @@ struct Step {
   static constexpr size_t kBytes = 192;
   const Loops<C>& rule;
   Penalty<C> elementwise, radial;
-  C scale;            // the prox scale, where it is the same for all elements
-  C rate, tolerance;  // of half-space steps
+  C scale;        // the prox scale, where it is the same for all elements
+  C lr, epsilon;  // of half-space steps
   alignas(C) unsigned char scalars[kBytes];
 
   Step(const Loops<C>& rule, const StepArgs& args);
@@ -209,10 +209,10 @@ void prepare(const StepArgs& args, Step<C>& step) {
   step.elementwise = k.elementwise;
   step.radial = k.radial;
   if constexpr (!kPaired<Rule>) step.scale = uniform_scale<Rule, C>(k.h);
-  if constexpr (Rule::kHalfSpace) step.rate = k.h.lr, step.tolerance = k.h.epsilon;
+  if constexpr (Rule::kHalfSpace) step.lr = k.h.lr, step.epsilon = k.h.epsilon;
 }
 template <class C>
-Step<C>::Step(const Loops<C>& rule, const StepArgs& args) : rule(rule), scale(0), rate(0), tolerance(0) {
+Step<C>::Step(const Loops<C>& rule, const StepArgs& args) : rule(rule), scale(0), lr(0), epsilon(0) {
   rule.prepare(args, *this);
 }
 
