@@ -58,6 +58,7 @@ def masked(groups: Any, **kw: Any) -> bc.SparseOptimizer:
 VARIANTS: dict[str, tuple[Callable[..., bc.SparseOptimizer], bc.Regularizer, float]] = {
     "ProxSGD momentum masked": (masked, bc.GroupLasso(1e-3), 1 / 8),
     "ProxSGD momentum envelope": (OTHERS["ProxSGD momentum"], bc.GroupEnvelope(1e-3, k=1), 8),
+    "HSPG envelope": (field.OURS["HSPG"], bc.GroupEnvelope(1e-3, k=1), 8),
 }
 EVERYONE = field.OURS | OTHERS | {title: new for title, (new, *_) in VARIANTS.items()}
 
@@ -75,6 +76,7 @@ LEAST: dict[str, tuple[float, float]] = {
     # The same table: RigL's, with the mask in bits; WGSEF's, norms first, then scale: p g v -> v; p v -> p.
     "ProxSGD momentum masked": (20.125, 20.125),
     "ProxSGD momentum envelope": (28, 28),
+    "HSPG envelope": (28, 28),
     "AveragedProxSGD": (28, 28),
     "ProxAdam": (28, 28),
     "ProxAdam AMSGrad": (36, 36),

@@ -38,10 +38,10 @@ def step_scalars(reg: Any, h: Hyper, grad_scale: Any, skip: Any = 0.0) -> list[A
 
 
 def why_reference(reg: Any, rule: Rule) -> str:
-    """Empty, or why no kernel can apply a regularizer: it is not made of penalties on elements and on group norms, or
-    the rule asks for something else than its prox."""
-    if rule.half_space and reg is not None:
-        return why_no_half_space(reg)
+    """Empty, or why no kernel can apply a regularizer: it is not made of penalties on elements and on group norms, or a
+    half-space step does not know the slope of one."""
+    if rule.half_space and reg is not None and reg.radial is not None and not reg.radial.has_slope():
+        return f"the half-space step has no kernels for {type(reg).__name__}: its slope is neither a line nor a curve"
     if reg is None or not (reg.whole or _penalties(reg) == (None, None)):
         return ""
     name = type(reg).__name__
@@ -50,13 +50,6 @@ def why_reference(reg: Any, rule: Rule) -> str:
             "" if isinstance(reg.weight, str) else f"{name} runs in plain torch: its groups have weights of their own"
         )
     return f"{name} runs in plain torch: {reg.whole or 'it has no penalty on elements or group norms'}"
-
-
-def why_no_half_space(reg: Any) -> str:
-    """Empty, or why the half-space step runs in plain torch."""
-    if reg.radial is not None and reg.radial.line() is not None:
-        return ""
-    return f"the half-space step has no kernels for {type(reg).__name__}: {reg.whole or 'its slope is no line'}"
 
 
 def _penalties(reg: Any) -> tuple[Any, Any]:

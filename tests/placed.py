@@ -64,9 +64,8 @@ def regularizers(rule: str, layout: str) -> dict[str, registry.RegCase]:
 
 
 def collectives_of(rule: str, layout: str) -> int:
-    """One for each process group and round: a group's root in a metric takes up to 10, a half-space step with the
-    envelope 2."""
-    return COLLECTIVES[layout] * (10 if RULES[rule].metric else 2 if rule == "hspg" else 1)
+    """One for each process group and round: a group's root in a metric takes up to 10."""
+    return COLLECTIVES[layout] * (10 if RULES[rule].metric else 1)
 
 
 def tensors(rule: str, layout: str, dtype: torch.dtype, place: Callable[[Tensor], Tensor] | None) -> dict[str, Any]:

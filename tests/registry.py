@@ -192,15 +192,12 @@ def apart(optimizer: SparseOptimizer) -> float:
 
 
 def takes(rule: str, reg: str) -> bool:
-    """Whether the rule serves the regularizer: a dual asks for a convex one, a metric for a prox known in it, and a
-    half-space kernel for a line."""
+    """Whether the rule serves the regularizer: a dual asks for a convex one, a metric for a prox known in it."""
     case = EVERY_RULE[rule]
     if rule in GROUP_RULES and reg not in [name for name in GROUP if PENALTIES[name]().elementwise is None]:
         return reg == "none"
     return reg == "none" or not (
-        (case.dual and reg not in CONVEX)
-        or (case.metric and PENALTIES[reg]().why_not_weighted())
-        or (rule in GROUP_RULES and PENALTIES[reg]().radial.line() is None)
+        (case.dual and reg not in CONVEX) or (case.metric and PENALTIES[reg]().why_not_weighted())
     )
 
 

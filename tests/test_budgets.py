@@ -17,7 +17,8 @@ from small import assert_unchanged, model, set_grads, snapshot, train
 from bregman_cuda import HSPG, RMDA, AdaBreg, GroupEnvelope, LinBreg, ProxSGD, SplitLBI, _backend
 from bregman_cuda.optim._plan import FusedBucket, ReferenceBucket
 
-RULES = [name for name, case in registry.RULES.items() if not case.metric]
+RULES = [name for name, case in registry.EVERY_RULE.items() if not case.metric]
+TOGETHER = ["proxsgd", "proxsgd_momentum", "hspg"]  # those that serve one k for all tensors
 SHAPES = [(7, 3), (0, 2), (5, 4, 3, 3), (65, 130), (4, 1), (2, 513)]
 GROUPS = {"out": 2, "in": 2, "kernel": 2, (-1,): 1, (): 0}  # and how many dims they ask for
 
@@ -74,7 +75,7 @@ def problems(draw, driver: str) -> Problem:
     k, lam = draw(st.integers(1, most)), draw(st.sampled_from([0.0, 1e-3, 0.3, 30.0]))
     weight = draw(st.sampled_from(["none", "sqrt_size"]))
     return Problem(
-        rule=draw(st.sampled_from(RULES if scope == "tensor" else ["proxsgd", "proxsgd_momentum"])),
+        rule=draw(st.sampled_from(RULES if scope == "tensor" else TOGETHER)),
         reg=lambda: GroupEnvelope(lam, k, groups, weight, scope),
         dtype=draw(st.sampled_from(registry.DTYPES)),
         shapes=shapes,
@@ -121,6 +122,22 @@ def test_named_cases(kernel_driver, name, scope):
         p.grad = torch.zeros_like(p)
         ProxSGD([p], lr=0.5, reg=reg, fused=True).step()
         torch.testing.assert_close(p.detach(), reg.prox(NAMED[name], 0.5), rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("scope", ["tensor", "all"])
+def test_named_cases_of_half_space_steps(kernel_driver, name, scope):
+    """Kernels against the reference, which sorts norms; some groups leave their half-space."""
+    grad = 0.3 * NAMED[name].nan_to_num(0, 0, 0)
+    grad[::2] *= 6
+    for k, lam in itertools.product((1, 2, 5, 6), (0.0, 1e-6, 0.5, 40.0)):
+        sides = []
+        for fused in (True, False):
+            p = torch.nn.Parameter(NAMED[name].clone())
+            p.grad = grad
+            HSPG([p], 0.5, GroupEnvelope(lam, k, scope=scope), epsilon=0.25, start=0, fused=fused).step()
+            sides.append(p.detach())
+        torch.testing.assert_close(*sides, rtol=1e-12, atol=1e-12, equal_nan=True)
 
 
 def test_one_k_for_all_tensors_is_the_prox_of_their_rows(kernel_driver):

@@ -16,15 +16,19 @@ from bregman_cuda import (
     HSPG,
     L1,
     GroupEnvelope,
+    GroupL0,
     GroupLasso,
     GroupLHalf,
+    GroupLTwoThirds,
     GroupMCP,
+    GroupSCAD,
     ProxSGD,
     SparseGroupLasso,
     param_groups,
 )
 from bregman_cuda.experiments.data import digits
 from bregman_cuda.optim import hspg
+from bregman_cuda.regularizers._base import Separable
 
 
 def by_hand(p, m, g, lr, lam, momentum, epsilon):
@@ -89,20 +93,29 @@ def test_zero_groups_stay_zero_and_nan_shows(driver):
     assert bool(p[2].isfinite().all())
 
 
-def test_any_group_regularizer_through_the_reference():
-    """The envelope's gradient in the trial point: WGSEF's algorithm 3."""
+WEIGHTED = GroupEnvelope(0.2, 3, weight=tuple(range(1, 9)))
+ANY = [WEIGHTED, GroupEnvelope(0.2, 3), GroupEnvelope(0.2, 7, weight="sqrt_size"), GroupMCP(0.2, 9.0)]
+ANY += [GroupL0(0.2), GroupLHalf(0.2), GroupLTwoThirds(0.2), GroupSCAD(0.2, 6.0)]
+
+
+@pytest.mark.parametrize("reg", ANY, ids=lambda reg: f"{type(reg).__name__} {reg.weight}")
+def test_any_group_regularizer(driver, reg):
+    """Its gradient in the trial point; with the envelope WGSEF's algorithm 3."""
     torch.manual_seed(0)
     p = nn.Parameter(torch.randn(8, 5, dtype=torch.float64))
-    p0, reg = p.detach().clone(), GroupEnvelope(0.2, 3)
+    p0 = p.detach().clone()
     p.grad = torch.randn(8, 5, dtype=torch.float64)
     p.grad[0] = 3 * p0[0]
-    HSPG([p], 0.5, reg, epsilon=0.2, start=0).step()
+    HSPG([p], 0.5, reg, epsilon=0.2, start=0, fused=driver.fused if reg is not WEIGHTED else None).step()
     trial = p0 - 0.5 * (p.grad + reg.subgradient(p0))
     keep = (trial * p0).sum(1) >= 0.2 * p0.square().sum(1)
     torch.testing.assert_close(p.detach(), trial * keep[:, None], rtol=0, atol=1e-14)
     assert 0 < int(keep.sum()) < 8
-    with pytest.raises(RuntimeError, match="no kernels for GroupEnvelope"):
-        HSPG([p], 0.5, reg, fused=True).step()
+
+
+def test_weights_of_their_own_have_no_kernels():
+    with pytest.raises(RuntimeError, match="GroupEnvelope runs in plain torch: its groups have weights of their own"):
+        HSPG([nn.Parameter(torch.ones(8, 5))], 0.5, WEIGHTED, fused=True)
 
 
 def envelope_by_hand(tensors, lam, k, weight):
@@ -121,7 +134,7 @@ def envelope_by_hand(tensors, lam, k, weight):
 
 @pytest.mark.parametrize("weight", ["none", "sqrt_size"])
 @pytest.mark.parametrize("k", [2, 6, 17])
-def test_half_space_steps_with_one_k_for_all_tensors(weight, k):
+def test_half_space_steps_with_one_k_for_all_tensors(driver, weight, k):
     """By the definition over all tensors that take the step, in numpy; one sits out at times, one has no rows."""
     rng = np.random.default_rng(k)
     values = [rng.standard_normal(shape) for shape in ((9, 4), (0, 3), (7, 3, 2), (6, 5))]
@@ -130,7 +143,7 @@ def test_half_space_steps_with_one_k_for_all_tensors(weight, k):
     mask[2] = False
     params = [nn.Parameter(torch.tensor(x)) for x in values]
     reg = GroupEnvelope(0.1, k, weight=weight, scope="all")
-    optimizer = HSPG(params, 0.3, reg, momentum=0.5, epsilon=0.6, start=0, count_nonzeros=True)
+    optimizer = HSPG(params, 0.3, reg, momentum=0.5, epsilon=0.6, start=0, fused=driver.fused, count_nonzeros=True)
     optimizer.set_mask(params[3], torch.tensor(mask))
     values[3] = values[3] * mask
     buffers, removed = [np.zeros_like(x) for x in values], 0
@@ -499,16 +512,51 @@ def test_a_compiled_step_does_not_ignore_start_and_end():
             torch.compile(optimizer.step, fullgraph=True, backend="eager")()
 
 
-@pytest.mark.parametrize("reg", [GroupLHalf(0.1), GroupEnvelope(0.1, 2)], ids=lambda reg: type(reg).__name__)
-def test_a_compiled_half_space_step_without_kernels_is_refused(reg):
-    """The kernels know slopes that are lines alone, and would take any other for one."""
+class Quartic(L1):
+    """A penalty that says neither line nor curve."""
+
+    line = Separable.line
+
+
+class GroupQuartic(GroupLasso):
+    radial = property(lambda self: Quartic(self.lam))
+
+
+@pytest.mark.parametrize(
+    ("reg", "why"),
+    [
+        (GroupQuartic(0.1), "the half-space step has no kernels for GroupQuartic: its slope is neither a line"),
+        (GroupEnvelope(0.1, 2, weight=(1, 2, 3, 4)), "GroupEnvelope runs in plain torch: its groups have weights"),
+    ],
+    ids=lambda case: type(case).__name__,
+)
+def test_a_half_space_step_without_kernels_runs_in_plain_torch_and_is_not_compiled(reg, why):
+    """The kernels know lines and curves alone, and would take any other slope for one."""
     p = nn.Parameter(torch.ones(4, 4))
     p.grad = torch.ones(4, 4)
+    with pytest.raises(RuntimeError, match=f"HSPG: fused=True, but {why}"):
+        HSPG([p], 0.1, reg, start=0, fused=True)
     optimizer = HSPG([p], 0.1, reg, start=0)
     torch._dynamo.reset()
-    with pytest.raises(
-        Exception,
-        match=f"compiled step runs kernels, but the half-space step has no kernels for {reg.__class__.__name__}",
-    ):
+    with pytest.raises(Exception, match=f"compiled step runs kernels, but {why}"):
         torch.compile(optimizer.step, fullgraph=True, backend="aot_eager")()
     assert torch.equal(p.detach(), torch.ones(4, 4))
+    optimizer.step()
+    trial = 0.9 - 0.1 * reg.subgradient(torch.ones(4, 4))
+    torch.testing.assert_close(p.detach(), trial, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("reg", [GroupLHalf(0.1), GroupEnvelope(0.1, 2, scope="all")], ids=lambda r: type(r).__name__)
+def test_a_compiled_half_space_step_is_the_eager_one(reg):
+    sides = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        params = model([(6, 4), (3, 2, 2)])
+        optimizer = HSPG(params, 0.1, reg, 0.5, start=0, fused=True)
+        step = torch.compile(optimizer.step, fullgraph=True, backend="aot_eager") if compiled else optimizer.step
+        for number in range(3):
+            set_grads(params, number)
+            step()
+        sides.append([p.detach() for p in params])
+    for a, b in zip(*sides):
+        assert same_bits(a, b)

@@ -41,7 +41,10 @@ def test_bytes_are_those_of_the_compiled_rules_slots(traffic, dtype):
         row = traffic.counted(title, dtype)
         _, slots, _, metric, fixed = kernels.rules[row["rule"]]
         carried = 0 if row["rule"] in from_state else (4 if dtype == torch.float32 else 8)  # read; with a master: both
-        beside = {"ProxSGD momentum masked": 1 / 8, "ProxSGD momentum envelope": 4 + 4 * len(slots)}.get(title, 0)
+        again = 4 + 4 * len(slots)
+        beside = {"ProxSGD momentum masked": 1 / 8, "ProxSGD momentum envelope": again, "HSPG envelope": again}.get(
+            title, 0
+        )
         assert row["bytes"] == 2 * dtype.itemsize + 8 * len(slots) - 4 * fixed + carried + beside, title
         assert row["bytes"] >= row["least"], title
         assert row["metric"] == metric

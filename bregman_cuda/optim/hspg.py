@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .._backend import why_no_half_space
+from .._backend import why_reference
 from .._math import number_like
 from ..regularizers import Regularizer
 from ..regularizers._base import check_count, check_number
@@ -41,35 +41,13 @@ class HalfSpaceRule(Rule):
     def shrink(
         self, reg: Regularizer, z: Tensor, scale: Any, h: Hyper, param: Tensor, extent: Extent
     ) -> Rounds[Tensor]:
-        return (yield from half_space_step(reg, z, scale, h["lr"], h["epsilon"], extent))
+        [x] = yield from half_space_steps(reg, [z], [scale], h["lr"], h["epsilon"], [extent])
+        return x
 
     def shrink_together(
         self, reg: Regularizer, points: Sequence[Tensor], scales: Sequence[Any], h: Hyper, extents: Sequence[Extent]
     ) -> Rounds[list[Tensor]]:
         return (yield from half_space_steps(reg, points, scales, h["lr"], h["epsilon"], extents))
-
-
-def half_space_step(reg: Regularizer, z: Tensor, p: Tensor, lr: Any, epsilon: Any, extent: Extent) -> Rounds[Tensor]:
-    """x = z - lr * (subgradient of J at p), and zero for every group with <x, p> < epsilon ||p||^2, or p zero there.
-
-    The twin of csrc/math/half_space.h where J is a function of group norms whose slope is a line.
-
-    Args:
-        z, p: fp32 or fp64 of one shape: the point after the gradient step, and the parameter before it.
-    """
-    line = None if reg.radial is None else reg.radial.line(p.dtype)
-    if line is None:
-        [x] = yield from half_space_steps(reg, [z], [p], lr, epsilon, [extent])
-        return x
-    [total] = yield [torch.stack([_products(reg, p, p, extent), _products(reg, z, p, extent)])]
-    squares, along = total
-    weight = number_like(reg.group_weight(extent.shape) if math.prod(extent.shape) else 1.0, p)
-    level, bend = (number_like(v, p) * weight for v in line)
-    norms, lr, epsilon = squares.sqrt(), *(number_like(v, p) for v in (lr, epsilon))
-    slope = level.double() - bend.double() * norms
-    pull = (lr.double() * torch.where(slope > 0, slope, 0.0) / norms).to(p.dtype)
-    left = along - pull.double() * squares < epsilon.double() * squares
-    return torch.where((squares == 0) | left, z - z, z - p * pull)
 
 
 def half_space_steps(
@@ -80,20 +58,48 @@ def half_space_steps(
     epsilon: Any,
     extents: Sequence[Extent],
 ) -> Rounds[list[Tensor]]:
-    """`half_space_step` by any subgradient, of tensors that share it: two rounds, as x has it and <x, p> has x."""
+    """x = z - lr * (subgradient of J at p), and zero for every group with <x, p> < epsilon ||p||^2, or p zero there; of
+    one tensor, or of tensors that share the subgradient.
+
+    The twin of csrc/math/half_space.h, and with a budget of csrc/math/envelope.h.
+
+    Args:
+        points, params: z and p, fp32 or fp64: the points after the gradient step, and the parameters before it.
+    """
+    if not reg.whole:  # no more of other parts than of the groups that are here
+        extents = [Extent(extent.shape) for extent in extents]
     dims = [reg.groups_of(extent.shape) for extent in extents]
-    totals = yield [extent.spread(_products(reg, p, p, extent), d) for p, extent, d in zip(params, extents, dims)]
-    pulls = reg._pulls(totals, [extent.shape for extent in extents], params[0].dtype)
-    trials = [z - p * extent.part(pull, d) * lr for z, p, pull, extent, d in zip(points, params, pulls, extents, dims)]
-    along = yield [
-        extent.spread(_products(reg, x, p, extent), d) for x, p, extent, d in zip(trials, params, extents, dims)
+    totals = yield [
+        torch.stack([extent.spread(_products(reg, x, p, extent), d) for x in (p, z)])
+        for z, p, extent, d in zip(points, params, extents, dims)
     ]
+    lr, epsilon = (number_like(v, params[0]).double() for v in (lr, epsilon))
+    rates = _rates(reg, [squares for squares, _ in totals], extents, params[0].dtype)
     results = []
-    for z, x, total, product, extent, d in zip(points, trials, totals, along, extents, dims):
-        squares = extent.part(total, d)
-        left = extent.part(product, d) < epsilon * squares
-        results.append(torch.where((squares == 0) | left, z - z, x))
+    for z, p, (squares, along), rate, extent, d in zip(points, params, totals, rates, extents, dims):
+        pull = (lr * rate).to(p.dtype)
+        zero = (squares == 0) | (along - pull.double() * squares < epsilon * squares)
+        results.append(torch.where(extent.part(zero, d), z - z, z - p * extent.part(pull, d)))
     return results
+
+
+def _rates(reg: Regularizer, squares: Sequence[Tensor], extents: Sequence[Extent], dtype: torch.dtype) -> list[Tensor]:
+    """J's subgradient on groups of these squared norms, as a factor on their elements, in float64; any number for zero
+    groups. As the kernels have it for parameters of a dtype where J's penalty on norms is a line or a curve."""
+    if reg.radial is None or not reg.radial.has_slope():
+        return reg._pulls(squares, [extent.shape for extent in extents], torch.float64)
+    rates, line = [], reg.radial.line(dtype)
+    for some, extent in zip(squares, extents):
+        norms = some.sqrt()
+        weight = number_like(reg.group_weight(extent.shape) if math.prod(extent.shape) else 1.0, norms, dtype)
+        if line is None:
+            ratio = reg.radial.curve(norms, dtype)[1] * weight.double()
+            rates.append(torch.where(norms.isnan(), norms, ratio))
+            continue
+        level, bend = (number_like(v, norms, dtype) * weight for v in line)
+        slope = level.double() - bend.double() * norms
+        rates.append(torch.where(slope > 0, slope, 0.0) / norms)
+    return rates
 
 
 def _products(reg: Regularizer, x: Tensor, p: Tensor, extent: Extent) -> Tensor:
@@ -197,7 +203,7 @@ class HSPG(SparseOptimizer):
             raise ValueError(f"HSPG: reg must penalize groups alone, such as GroupLasso, got {type(reg).__name__}")
         if end is not None and reg is not None and group["params"] and _most(group) is None:
             raise ValueError(f"HSPG: end={end!r} needs k, the number of groups to keep: {type(reg).__name__} has none")
-        if group["fused"] and reg is not None and (why := why_no_half_space(reg)):
+        if group["fused"] and (why := why_reference(reg, _HALF_SPACE)):
             raise RuntimeError(f"HSPG: fused=True, but {why}")
 
     def _rule(self, group: dict[str, Any]) -> Rule:

@@ -395,6 +395,10 @@ class Separable(Regularizer):
         line = self.line()
         return self.bends() or (line is not None and float(line[1]) <= 0)
 
+    def has_slope(self) -> bool:
+        """Whether half-space steps know its slope on group norms: a `line` or a `curve`."""
+        return self.line() is not None or self.bends()
+
     def bends(self) -> bool:
         """Whether it has a `curve`."""
         return type(self).curve is not Separable.curve

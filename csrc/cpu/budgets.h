@@ -6,21 +6,20 @@
 
 namespace bregman {
 
-// Turns the groups' squared norms into the factors that the budget leaves them.
-inline void share_budget(const PlanView& plan, const Budget& budget) {
-  auto for_groups = [&](auto f) {
+// Finds how far the shares of the groups rise, from the sums that each of them left.
+template <int kSums>
+void share_budget(const PlanView& plan, const Budget& budget) {
+  const double eta = envelope_root(double(budget.k), [&](auto sum, auto f) {
     for (int32_t tensor = budget.first_tensor; tensor < budget.end_tensor; ++tensor) {
       const TensorRecord& record = plan.records()[tensor];
       const int64_t groups = record.numel == 0 ? 0 : record.layout.groups();
-      for (int64_t g = 0; g < groups; ++g) f(plan.numbers(record)[g], plan.decays()[tensor]);
+      const double* sums = plan.numbers(record);
+      const double decay = plan.sharing()[tensor].decay;
+      for (int64_t g = 0; g < groups; ++g, sums += kSums) sum = plus(sum, f(rise_of<kSums>(sums, decay)));
     }
-  };
-  for_groups([](double& value, double) { value = square_root(value); });
-  const double eta = envelope_root(double(budget.k), [&](auto none, auto f) {
-    for_groups([&](double& value, double decay) { none = plus(none, f(value, decay)); });
-    return none;
+    return sum;
   });
-  for_groups([&](double& value, double decay) { value = envelope_factor(value, decay, share(value, decay, eta)); });
+  for (int32_t tensor = budget.first_tensor; tensor < budget.end_tensor; ++tensor) plan.sharing()[tensor].eta = eta;
 }
 
 // Where strips end that take all their visits before the next do: `least` of them or more, of whole tensors.
@@ -38,7 +37,9 @@ void all_visits(const PlanView& plan, bool counting, int64_t together, Visit vis
   const PlanHeader& header = plan.header();
   if (header.budgets) {
     visit(Phase::norms, 0, header.items);
-    share(header.budgets, [&](int64_t i) { share_budget(plan, plan.budgets()[i]); });
+    share(header.budgets, [&](int64_t i) {
+      (header.budget_sums == 1 ? share_budget<1> : share_budget<2>)(plan, plan.budgets()[i]);
+    });
     visit(Phase::scale, 0, header.items);
     return;
   }

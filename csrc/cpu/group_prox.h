@@ -244,13 +244,16 @@ class BufferedGroups {
     for (int64_t g = 0; g < count_; ++g) group_[g] = C(rho[g]);
   }
 
-  // The half-space step, with the old parameters for scales.
-  void project(const Line<C>& line, C lr, C epsilon) {
+  // The sums of a half-space step, with the old parameters for scales: calls f(g, sums) for each group.
+  template <class F>
+  void sum_half_spaces(F f) {
     double* none = totals_ + 3 * count_;
     for (int64_t g = 0; g < count_; ++g) none[g] = 0;
     visit(none, HalfSpaceTerms());
-    for (int64_t g = 0; g < count_; ++g) group_[g] = half_space_pull(sums(g), line, lr, epsilon);
+    for (int64_t g = 0; g < count_; ++g) f(g, sums(g));
   }
+  // Where the numbers that were found belong, one for each group.
+  C* found() { return group_; }
 
   // What was found, for n columns: those of a row of the tile, or kBuffer elements of a folded run.
   const C* numbers() const {

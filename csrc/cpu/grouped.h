@@ -177,12 +177,16 @@ struct Groups : TileOf<T> {
   const bool stream;
   const Phase phase;
   double* const values;  // where phases leave numbers
+  const Sharing* const sharing;
 
-  Groups(const PlanView& plan, const TensorRecord& record, const void* grad, const Step<C>& step,
-         const FusedLoops<C>& loops, Phase phase, int64_t strip = 0)
-      : Base(record, grad, step, strip), loops(loops), scale(step.scale * C(t.weight)),
-        stream(streams<T>(plan, t, step.rule)), phase(phase),
-        values(phase == Phase::whole && !strip ? nullptr : plan.numbers(t)) {}
+  Groups(const PlanView& plan, const Item& item, const void* grad, const Step<C>& step, const FusedLoops<C>& loops,
+         Phase phase)
+      : Base(plan.records()[item.tensor], grad, step, plan.records()[item.tensor].strip_rows ? item.count : 0),
+        loops(loops), scale(step.scale * C(t.weight)), stream(streams<T>(plan, t, step.rule)), phase(phase),
+        values(plan.numbers(t)), sharing(plan.sharing() + item.tensor) {}
+
+  // That a group's share of the budget leaves it.
+  C shared_factor(int64_t g) const { return C(envelope_factor(values + g, sharing->decay, sharing->eta)); }
 
   // Where there is a mask, points that it leaves out must not be summed: calls f(points, j, m) for all n neighbours.
   template <class F>
@@ -190,7 +194,7 @@ struct Groups : TileOf<T> {
     alignas(64) C z[kBuffer];
     for (int64_t j = 0; j < n; j += kBuffer) {
       const int64_t m = std::min(kBuffer, n - j);
-      advance_any(stored, begin + j, {1, 1, 0, 0}, m, step, z, z);
+      make_any(stored, begin + j, {1, 1, 0, 0}, m, step, step.rule.advance_points, z, z);
       if (step.elementwise.kind != 0) prox_buffer<C>(z, z, m, step);
       f(z, j, m);
     }
@@ -234,7 +238,7 @@ struct Groups : TileOf<T> {
     for (int64_t m = 0; m < count; ++m, base += row) {
       C factor;
       if (phase == Phase::scale) {
-        factor = C(values[first + m]);
+        factor = shared_factor(first + m);
       } else {
         double lanes[kLanes] = {};
         advance_one(base, row, lanes);
@@ -261,7 +265,7 @@ struct Groups : TileOf<T> {
     C* factor = scratch.template get<C>(2, count);
     C* spread_factor = row == 1 ? factor : scratch.template get<C>(3, columns + kSpread);
     if (phase == Phase::scale) {
-      for (int64_t m = 0; m < count; ++m) factor[m] = C(values[first + m]);
+      for (int64_t m = 0; m < count; ++m) factor[m] = shared_factor(first + m);
     } else {
       double* sums = scratch.template get<double>(0, columns);
       double* totals = phase == Phase::norms ? values + first : scratch.template get<double>(1, count);
@@ -353,19 +357,25 @@ void run_tile(const Groups& groups, const Item& item, int32_t* counts) {
   counts[1] = alive;
 }
 
+// What budgets need of a tensor beside its groups' sums: one of its items says it for all.
+template <class C>
+void note_decay(const PlanView& plan, const Item& item, C scale, const Penalty<C>& radial) {
+  if (item.begin) return;
+  plan.sharing()[item.tensor].decay = budget_decay(double(scale), radial, plan.records()[item.tensor].weight);
+}
+
 template <class T>
 void run_grouped(const PlanView& plan, const Item& item, const void* grad, const Step<compute_t<T>>& step,
                  const FusedLoops<compute_t<T>>& loops, Phase phase, int32_t* counts) {
-  const TensorRecord& t = plan.records()[item.tensor];
-  const Groups<T> groups(plan, t, grad, step, loops, phase, t.strip_rows ? item.count : 0);
-  if (phase == Phase::norms && item.begin == 0)  // one of the tensor's items says it for all
-    plan.decays()[item.tensor] = budget_decay(double(step.scale), step.radial, t.weight);
-  if (t.strip_rows == 0) {
+  const Groups<T> groups(plan, item, grad, step, loops, phase);
+  const int64_t strip_rows = groups.t.strip_rows;
+  if (phase == Phase::norms) note_decay(plan, item, step.scale, step.radial);
+  if (strip_rows == 0) {
     run_tile(groups, item, counts);
   } else if (phase == Phase::count_strips) {
-    counts[1] = groups.count_alive(item.begin / t.strip_rows);
+    counts[1] = groups.count_alive(item.begin / strip_rows);
   } else {
-    const int32_t count = groups.run_strip(item.begin / t.strip_rows);
+    const int32_t count = groups.run_strip(item.begin / strip_rows);
     if (counts != nullptr) counts[0] = count;
   }
   if (groups.stream) stream_fence();

@@ -23,7 +23,7 @@ int32_t run_separable(const PlanView& plan, const Item& item, const void* grad, 
   int32_t count = 0;
   for (int64_t j = 0; j < item.count; j += kBuffer) {
     const int64_t begin = item.begin + j, n = std::min(kBuffer, item.count - j);
-    advance_any(stored, begin, {1, 1, 0, 0}, n, step, z, scales);
+    make_any(stored, begin, {1, 1, 0, 0}, n, step, step.rule.advance_points, z, scales);
     prox_buffer(z, scales, n, step);
     count += finish_any(stored, begin, n, step, z, scales);
   }

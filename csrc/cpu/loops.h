@@ -3,7 +3,7 @@
 // common use are part of the rule's loops, others run in loops of their own, between points and the rest (points.h).
 #pragma once
 
-#include "../math/half_space.h"
+#include "../math/envelope.h"
 #include "arrays.h"
 
 BREGMAN_BEGIN
@@ -114,17 +114,18 @@ BREGMAN_LOOP int32_t finish_block(const Arrays<C> a, int64_t n, const Step<C>& s
   return count;
 }
 
-// Advances the state of `rows` rows of n columns and writes their points, and their prox scales where these differ.
-// kSquares: adds the squares of the old parameters to those of each column, in type C: a search begins there.
-template <bool kSquares, class Rule, class C>
-BREGMAN_LOOP void advance_points(const Arrays<C> a, int64_t rows, int64_t stride, int64_t n, const Step<C>& step,
+// Advances the state of `rows` rows of n columns and writes their points, and their prox scales where these differ; or,
+// once that is done, writes them again. kSquares: adds the squares of the old parameters to those of each column, in type
+// C: a search begins there.
+template <bool kAdvance, bool kSquares, class Rule, class C>
+BREGMAN_LOOP void make_points(const Arrays<C> a, int64_t rows, int64_t stride, int64_t n, const Step<C>& step,
                                  C* __restrict__ z, C* __restrict__ scales, C* __restrict__ squares) {
   const auto k = step.template of<Rule>();
   for (int64_t r = 0; r < rows; ++r, z += n, scales += n) {
 #pragma GCC ivdep
     for (int64_t j = 0; j < n; ++j) {
       C s[kMaxSlots];
-      const Point<C> p = point_of<true>(a, r * stride + j, k, s);
+      const Point<C> p = point_of<kAdvance>(a, r * stride + j, k, s);
       z[j] = p.z;
       if constexpr (kPaired<Rule>) scales[j] = p.scale;
       if constexpr (kSquares) squares[j] += a.param[r * stride + j] * a.param[r * stride + j];
@@ -184,8 +185,10 @@ struct Loops {
   int slots, fixed;
   bool reads_param, late, metric, half_space;  // what the rule says of itself
   void (*prepare)(const StepArgs&, Step<C>&);
-  void (*advance_points)(Arrays<C>, int64_t, int64_t, int64_t, const Step<C>&, C*, C*, C*);
-  void (*advance_squares)(Arrays<C>, int64_t, int64_t, int64_t, const Step<C>&, C*, C*, C*);  // in a metric
+  using MakePoints = void (*)(Arrays<C>, int64_t, int64_t, int64_t, const Step<C>&, C*, C*, C*);
+  MakePoints advance_points;
+  MakePoints advance_squares;  // in a metric
+  MakePoints repeat_points;    // of half-space steps
   int32_t (*finish_points)(Arrays<C>, int64_t, const Step<C>&, const C*, const C*, const C*);
   int32_t (*finish_groups)(Arrays<C>, int64_t, const Step<C>&, const C*, const C*, const C*);
   FusedLoops<C> none, l1;
@@ -220,9 +223,10 @@ template <class Rule, class C>
 constexpr Loops<C> loops() {
   static_assert(Rule::kStateSlots <= 3 && Rule::kStateSlots + Rule::kReadsParam <= kMaxSlots);  // arrays.h, plan.h
   Loops<C> all{Rule::kStateSlots, Rule::kFixedSlots, Rule::kReadsParam, Rule::kLate, Rule::kMetric, Rule::kHalfSpace,
-               prepare<Rule, C>, advance_points<false, Rule, C>, nullptr, finish_points<false, Rule, C>,
+               prepare<Rule, C>, make_points<true, false, Rule, C>, nullptr, nullptr, finish_points<false, Rule, C>,
                finish_points<true, Rule, C>, fused_loops<Rule, NoPenalty, C>(), fused_loops<Rule, L1, C>()};
-  if constexpr (Rule::kMetric) all.advance_squares = advance_points<true, Rule, C>;
+  if constexpr (Rule::kMetric) all.advance_squares = make_points<true, true, Rule, C>;
+  if constexpr (Rule::kHalfSpace) all.repeat_points = make_points<false, false, Rule, C>;
   return all;
 }
 template <class C>

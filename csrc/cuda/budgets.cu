@@ -1,4 +1,4 @@
-// Between the two visits of groups that share a budget: one block per budget finds the shares (math/envelope.h).
+// Between the two visits of groups that share a budget: one block per budget finds their shares (math/envelope.h).
 #include "../math/envelope.h"
 #include "walker.cuh"
 
@@ -25,31 +25,30 @@ __device__ __forceinline__ S sum_of_block(S sum) {
   return sum;
 }
 
+template <int kSums>
 __global__ void __launch_bounds__(kThreads) budget_kernel(const char* device_plan) {
   const PlanView plan{global(device_plan)};
   const Budget budget = plan.budgets()[blockIdx.x];
-  // Calls f(value, decay) for this thread's groups; value is the squared norm at first.
-  auto for_groups = [&](auto f) {
+  const double eta = envelope_root(double(budget.k), [&](auto sum, auto f) {
     for (int tensor = budget.first_tensor; tensor < budget.end_tensor; ++tensor) {
       const TensorRecord& record = plan.records()[tensor];
       if (record.numel == 0) continue;
-      const double decay = global(plan.decays())[tensor];
-      double* values = global(plan.numbers(record));
+      const double decay = global(plan.sharing())[tensor].decay;
+      const double* sums = global(plan.numbers(record));
       const int64_t groups = record.layout.groups();
-      for (int64_t g = int64_t(threadIdx.x); g < groups; g += kThreads) f(values[g], decay);
+      for (int64_t g = int64_t(threadIdx.x); g < groups; g += kThreads)
+        sum = plus(sum, f(rise_of<kSums>(sums + g * kSums, decay)));
     }
-  };
-  for_groups([&](double& value, double) { value = square_root(value); });  // every thread reads what it wrote alone
-  const double eta = envelope_root(double(budget.k), [&](auto none, auto f) {
-    for_groups([&](double& value, double decay) { none = plus(none, f(value, decay)); });
-    return sum_of_block(none);
+    return sum_of_block(sum);
   });
-  for_groups([&](double& value, double decay) { value = envelope_factor(value, decay, share(value, decay, eta)); });
+  for (int tensor = budget.first_tensor + int(threadIdx.x); tensor < budget.end_tensor; tensor += kThreads)
+    global(plan.sharing())[tensor].eta = eta;
 }
 
 cudaError_t share_budgets(const PlanView& plan, const void* device_plan, cudaStream_t stream) {
   const dim3 blocks(unsigned(plan.header().budgets));
-  return launch(budget_kernel, blocks, dim3(kThreads), 0, stream, static_cast<const char*>(device_plan));
+  const auto kernel = plan.header().budget_sums == 1 ? budget_kernel<1> : budget_kernel<2>;
+  return launch(kernel, blocks, dim3(kThreads), 0, stream, static_cast<const char*>(device_plan));
 }
 
 }  // namespace bregman

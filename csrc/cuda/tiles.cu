@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<Rule, T, kShared>)
   const int most = int(plan.header().panel);
   const int panel_size = fits ? int(tile.elements()) : alone ? most / V * V : int(most - most % tile.columns());
   C* const scales = z + panel_size;
-  auto value_of = [&](int g) -> double& { return global(plan.numbers(part.t))[item.begin + g]; };  // where budgets are shared
+  auto sums_of = [&](int g) { return global(plan.numbers(part.t)) + (item.begin + g) * kBudgetSums<Rule>; };
 
   // Calls f(width, j) for this thread's elements of a panel, `width` from j on. Element j is the same thread's in every
   // panel, whatever its size: nobody waits before the next one takes its place.
@@ -232,7 +232,13 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<Rule, T, kShared>)
   for (int g = int(threadIdx.x); g < tile.groups; g += kThreads) {
     arrays.alive[g] = 0;
     if constexpr (Rule::kMetric) arrays.norm[g] = 0, arrays.factor[g] = 0, arrays.search[g] = Search::begun;
-    if (kShared && second) arrays.factor[g] = C(value_of(g));
+    if constexpr (kShared)
+      if (second) {
+        const Sharing sharing = global(plan.sharing())[item.tensor];
+        if constexpr (Rule::kHalfSpace)
+          arrays.factor[g] = envelope_pull(sums_of(g), sharing.decay, sharing.eta, k.h.lr, k.h.epsilon);
+        else arrays.factor[g] = C(envelope_factor(sums_of(g), sharing.decay, sharing.eta));
+      }
   }
   __syncthreads();
 
@@ -339,8 +345,13 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<Rule, T, kShared>)
     }
     for (int g = int(threadIdx.x); g < tile.groups; g += kThreads) {
       const S sum = arrays.sum[g];
-      if constexpr (Rule::kHalfSpace) {
-        arrays.factor[g] = half_space_pull(sum, line, k.h.lr, k.h.epsilon);
+      if constexpr (kShared) {
+        double* to = sums_of(g);
+        if constexpr (Rule::kHalfSpace) to[0] = sum.a, to[1] = sum.b;
+        else to[0] = sum;
+      } else if constexpr (Rule::kHalfSpace) {
+        const double rate = half_space_rate(square_root(sum.a), straight, line, k.radial, C(part.t.weight));
+        arrays.factor[g] = half_space_pull(sum, rate, k.h.lr, k.h.epsilon);
       } else if constexpr (Rule::kMetric) {
         const double before = double(C(arrays.norm[g]));
         if (curved) {
@@ -355,8 +366,6 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<Rule, T, kShared>)
           arrays.factor[g] = root_rho(arrays.norm[g], line);
           if (search != Search::settled) atomicOr(&arrays.moved[pass % 2], 1);
         }
-      } else if constexpr (kShared) {
-        value_of(g) = sum;
       } else {
         const C scale = uniform_scale<Rule, C>(k.h) * C(part.t.weight);
         arrays.factor[g] = radial_factor<AnyPenalty>(C(square_root(sum)), scale, k.radial);
@@ -368,8 +377,9 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<Rule, T, kShared>)
   }
   if (kShared && !second) {
     if (item.begin == 0 && threadIdx.x == 0) {
-      const double scale = double(uniform_scale<Rule, C>(k.h));
-      global(plan.decays())[item.tensor] = budget_decay(scale, k.radial, part.t.weight);
+      double scale = 1;
+      if constexpr (!kPair) scale = double(uniform_scale<Rule, C>(k.h));
+      global(plan.sharing())[item.tensor].decay = budget_decay(scale, k.radial, part.t.weight);
     }
     return;
   }
@@ -395,7 +405,7 @@ cudaError_t step_tiles(const PlanView& plan, const void* device_plan, const void
       const size_t points = size_t(plan.header().scratch_elements) * (1 + kPaired<Rule>);
       const size_t bytes = sizeof(GroupArrays<Rule, C>) + points * sizeof(C);
       return for_launches<Rule, C>(plan, device_plan, grads, args, counts, [&](const auto& kernel_args, dim3 blocks) {
-        if constexpr (!kPaired<Rule>)  // the others know no budgets
+        if constexpr (kBudgetSums<Rule> > 0)  // the others know no budgets
           if (plan.header().budgets)
             return launch(tile_kernel<Rule, T, true>, blocks, dim3(kThreads), bytes, stream, kernel_args);
         return launch(tile_kernel<Rule, T, false>, blocks, dim3(kThreads), bytes, stream, kernel_args);

@@ -6,7 +6,7 @@
 #include "../math/rule_list.h"
 #include "../math/scalars.h"
 #include "../math/curved.h"
-#include "../math/half_space.h"
+#include "../math/envelope.h"
 #include "step.h"
 #include "tuning.h"
 
@@ -279,7 +279,7 @@ cudaError_t step_separable(const PlanView& plan, const void* device_plan, const 
                            const StepArgs& args, int32_t* counts, cudaStream_t stream);
 cudaError_t step_tiles(const PlanView& plan, const void* device_plan, const void* const* grads, const StepArgs& args,
                        int32_t* counts, cudaStream_t stream);
-// Turns the groups' squared norms into the factors that their budgets leave them.
+// Finds the shares that the budgets leave their groups, from the sums that these left.
 cudaError_t share_budgets(const PlanView& plan, const void* device_plan, cudaStream_t stream);
 
 }  // namespace bregman

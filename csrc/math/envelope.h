@@ -1,15 +1,16 @@
-// The prox of the group envelope (WGSEF; bregman_cuda/regularizers/envelope.py): groups of norm n and decay
-// c = prox scale * lam * d share a budget k,
+// The group envelope (WGSEF; bregman_cuda/regularizers/envelope.py): groups share a budget k. Its prox, for groups of
+// norm n and decay c = prox scale * lam * d, is
 //   x_G <- u / (u + c) x_G,   u(eta) = clip(eta n sqrt(c) - c, 0, 1),   sum of all u = k,
-// or u = 1 for all where at most k groups are non-zero. The sum is piecewise linear and increasing in eta, and each
-// piece gives its own root by one division: the search ends on the piece that holds it, exact up to rounding.
+// and its slope, for the half-space step, c / u with c = lam d and u(eta) = min(eta n sqrt(c), 1); u = 1 for all where at
+// most k groups are non-zero. The sum is piecewise linear and increasing in eta, and each piece gives its own root by one
+// division: the search ends on the piece that holds it, exact up to rounding.
 #pragma once
 
-#include "hd.h"
+#include "half_space.h"
 
 BREGMAN_BEGIN
 
-// Sums over the groups with 0 <= u < 1: of n sqrt(c), and of c; and how many have u = 1.
+// Sums over the groups with 0 <= u < 1: of slopes, and of offsets; and how many have u = 1.
 struct Shares {
   double rise, decay, full;
 };
@@ -27,25 +28,42 @@ constexpr double kInfinite = 1e300;  // stands for an infinite norm, so that no 
 // A NaN fills its group and leaves the others as if that group were zero.
 BREGMAN_HD double finite_norm(double norm) { return norm != norm ? 0 : norm < kInfinite ? norm : kInfinite; }
 
-// What is left of a group that has the share u of the budget.
-BREGMAN_HD double envelope_factor(double norm, double decay, double u) {
-  if (norm != norm) return norm;
+// A group's share of the budget: u(eta) = clip(eta * slope - offset, 0, 1), or zero for a zero group.
+struct Rise {
+  double slope, offset;
+  bool alive;
+
+  BREGMAN_HD double share(double eta) const { return alive ? clamp(eta * slope - offset, 0.0, 1.0) : 0; }  // not inf * 0
+};
+// That of a group with these sums, of two kinds: its squared norm and, `kSums` = 2, what a half-space step adds up.
+template <int kSums>
+BREGMAN_HD Rise rise_of(const double* sums, double decay) {
+  const double size = finite_norm(square_root(sums[0]));
+  return {size * square_root(decay), kSums == 1 ? decay : 0, size > 0};
+}
+
+// What the prox leaves of a group.
+BREGMAN_HD double envelope_factor(const double* sums, double decay, double eta) {
+  if (sums[0] != sums[0]) return sums[0];
+  const double u = rise_of<1>(sums, decay).share(eta);
   return decay == 0 ? 1 : u / (u + decay);
 }
-BREGMAN_HD double share(double norm, double decay, double eta) {
-  return norm > 0 ? clamp(eta * (finite_norm(norm) * square_root(decay)) - decay, 0.0, 1.0) : 0;  // not infinity * 0
+// The pull of a half-space step.
+template <class C>
+BREGMAN_HD C envelope_pull(const double* sums, double decay, double eta, C lr, C epsilon) {
+  const double rate = decay == 0 ? 0 : decay / rise_of<2>(sums, decay).share(eta);
+  return half_space_pull(Sums{sums[0], sums[1]}, sums[0] != sums[0] ? sums[0] : rate, lr, epsilon);
 }
 
 // The eta at which the shares sum to k; infinite where at most k groups are non-zero.
-// walk(none, f): the sum (`plus`) of f(norm, decay) over all groups, beginning with `none`.
+// walk(none, f): the sum (`plus`) of f(rise) over all groups, beginning with `none`.
 template <class Walk>
 BREGMAN_HD double envelope_root(double k, Walk walk) {
   constexpr double kTiny = 4.9406564584124654e-324, kMost = 1.7976931348623157e308;
-  const Span span = walk(Span{kMost, 0, 0}, [](double norm, double decay) {
-    const double size = finite_norm(norm), slope = size * square_root(decay);
-    if (!(slope > 0)) return Span{kMost, 0, size > 0 ? 1.0 : 0.0};
-    const double inverse = 1 / slope;
-    return Span{decay * inverse, (1 + decay) * inverse, 1};
+  const Span span = walk(Span{kMost, 0, 0}, [](const Rise& rise) {
+    if (!(rise.slope > 0)) return Span{kMost, 0, rise.alive ? 1.0 : 0.0};
+    const double inverse = 1 / rise.slope;
+    return Span{rise.offset * inverse, (1 + rise.offset) * inverse, 1};
   });
   if (span.alive <= k) return std::numeric_limits<double>::infinity();
   double low = span.low > kTiny ? span.low : kTiny, high = span.high < kMost ? span.high : kMost;
@@ -54,9 +72,9 @@ BREGMAN_HD double envelope_root(double k, Walk walk) {
   bool guessed = false;
   // Newton's step where the last one was a bisection: 6 to 20 turns in practice, and a hundred and thirty at most.
   for (int turn = 0; turn < 200; ++turn) {
-    const Shares sums = walk(Shares{0, 0, 0}, [eta](double norm, double decay) {
-      const double slope = finite_norm(norm) * square_root(decay), u = eta * slope - decay;
-      return u >= 1 ? Shares{0, 0, 1} : u >= 0 ? Shares{slope, decay, 0} : Shares{0, 0, 0};
+    const Shares sums = walk(Shares{0, 0, 0}, [eta](const Rise& rise) {
+      const double u = eta * rise.slope - rise.offset;
+      return u >= 1 ? Shares{0, 0, 1} : u >= 0 ? Shares{rise.slope, rise.offset, 0} : Shares{0, 0, 0};
     });
     // The guess lies on the piece that it came from: it is the root.
     if (guessed && sums.rise == known.rise && sums.decay == known.decay && sums.full == known.full) break;

@@ -3,7 +3,7 @@
 // <x, p> < epsilon ||p||^2. Groups at zero stay there.
 #pragma once
 
-#include "weighted.h"
+#include "curved.h"
 
 BREGMAN_BEGIN
 
@@ -13,13 +13,19 @@ BREGMAN_HD Sums half_space_terms(C z, C p) {
   return {double(p) * double(p), double(z) * double(p)};
 }
 
+// phi'(t) / t at t > 0, the norm of a group of this weight: from the penalty's line, if it is straight, or its curve.
+template <class C>
+BREGMAN_HD double half_space_rate(double norm, bool straight, const Line<C>& line, const Penalty<C>& k, C weight) {
+  if (!straight) return norm != norm ? norm : curve_of(k, weight, norm).ratio;
+  const double slope = double(line.level) - double(line.slope) * norm;
+  return (slope > 0 ? slope : 0) / norm;
+}
+
 // The pull toward zero, lr phi'(||p||) / ||p||; negative for a group that becomes (or stays) zero.
 template <class C>
-BREGMAN_HD C half_space_pull(const Sums& sums, const Line<C>& line, C lr, C epsilon) {
+BREGMAN_HD C half_space_pull(const Sums& sums, double rate, C lr, C epsilon) {
   if (sums.a == 0) return C(-1);
-  const double norm = square_root(sums.a);
-  const double slope = double(line.level) - double(line.slope) * norm;
-  const C pull = C(double(lr) * (slope > 0 ? slope : 0) / norm);
+  const C pull = C(double(lr) * rate);
   const bool left = sums.b - double(pull) * sums.a < double(epsilon) * sums.a;  // not with NaN
   return left ? C(-1) : pull;
 }

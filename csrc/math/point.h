@@ -22,6 +22,10 @@ struct Rule {
 template <class R>
 constexpr bool kPaired = R::kMetric || R::kHalfSpace;
 
+// Sums that a group with a budget leaves: its squared norm, and in a half-space step one more; in a metric there are none.
+template <class R>
+constexpr int kBudgetSums = R::kMetric ? 0 : 1 + R::kHalfSpace;
+
 template <class C>
 struct Point {
   C z;

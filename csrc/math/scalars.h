@@ -27,7 +27,7 @@ struct Scalars {
   }
 };
 
-// The decay of a tensor's groups that share a budget, from their prox scale and weight.
+// The decay of a tensor's groups that share a budget, from their prox scale (1 in half-space steps) and weight.
 template <class C>
 BREGMAN_HD double budget_decay(double scale, const Penalty<C>& radial, double weight) {
   const double lam = double(radial.a) < 1e300 ? double(radial.a) : 1e300;  // infinite in fp32 beyond 3.4e38

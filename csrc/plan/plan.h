@@ -34,6 +34,12 @@ struct Budget {
   int32_t first_tensor, end_tensor;
 };
 
+// What a step with budgets writes of each tensor: the decay of its groups, and how far their shares have risen
+// (math/envelope.h).
+struct Sharing {
+  double decay, eta;
+};
+
 // Separable: `count` elements from `begin`. Grouped: `count` neighbouring groups from group `begin`, all of one (g0, g1);
 // or a strip, `count` whole rows from row `begin` of a tensor whose groups all run through all of its rows. Strips come
 // last in a plan.
@@ -52,9 +58,9 @@ struct PlanHeader {
   int64_t tile_groups;        // the most groups of a tile
   int64_t tile_capacity;      // elements that a worker can hold at once
   int64_t panel;              // elements that it takes at a time of a tile with more
-  int64_t budgets;
+  int64_t budgets, budget_sums;  // the second: that each group leaves
   int64_t record_offset, item_offset, budget_offset, shape_offset;
-  int64_t decay_offset;  // of float64 that steps with budgets or strips write: the decay of each tensor, its numbers
+  int64_t written_offset;  // of what steps with budgets or strips write: each tensor's sharing, its numbers
 };
 
 // How finely to cut; the numbers are each driver's own.
@@ -90,12 +96,12 @@ struct PlanView {
   BREGMAN_HD const Item* items() const { return reinterpret_cast<const Item*>(base + header().item_offset); }
   BREGMAN_HD const Budget* budgets() const { return reinterpret_cast<const Budget*>(base + header().budget_offset); }
   // Of a plan in memory that its step may write.
-  BREGMAN_HD double* decays() const {
-    return reinterpret_cast<double*>(const_cast<char*>(base) + header().decay_offset);
+  BREGMAN_HD Sharing* sharing() const {
+    return reinterpret_cast<Sharing*>(const_cast<char*>(base) + header().written_offset);
   }
-  // With a budget: one for each group. In strips: a sum for each column of each strip, then the factor of each group.
+  // With a budget: the sums of each group. In strips: a sum for each column of each strip, then the factor of each group.
   BREGMAN_HD double* numbers(const TensorRecord& record) const {
-    return decays() + header().tensors + record.first_number;
+    return reinterpret_cast<double*>(sharing() + header().tensors) + record.first_number;
   }
   // Per tensor: offset of its entry, which holds ndim, sizes and strides.
   BREGMAN_HD const int64_t* shape(int64_t tensor) const {
@@ -173,7 +179,7 @@ inline void cut(const TensorSpec& spec, TensorRecord& record, int32_t index, con
 
 // Throws std::invalid_argument where kernels cannot serve a tensor.
 inline std::vector<char> make_plan(const std::vector<TensorSpec>& specs, int rule, DType dtype, int slots,
-                                   const Tuning& tuning) {
+                                   const Tuning& tuning, int budget_sums = 1) {
   PlanHeader header{};
   std::vector<TensorRecord> records;
   std::vector<Item> items, strips;
@@ -210,7 +216,7 @@ inline std::vector<char> make_plan(const std::vector<TensorSpec>& specs, int rul
     if (record.numel && spec.group_dims >= 0 && !spec.budget) record.strip_rows = rows_per_strip(layout, tuning);
     record.first_number = numbers;
     if (record.strip_rows) numbers += strips_of(record) * layout.g2 * layout.r2 + layout.g2;
-    else if (spec.budget && record.numel) numbers += layout.groups();
+    else if (spec.budget && record.numel) numbers += layout.groups() * budget_sums;
     if (!spec.budget != !specs[0].budget) throw std::invalid_argument("all tensors share budgets, or none");
     cut(spec, record, int32_t(i), tuning, header, share, items, strips);
     records.push_back(record);
@@ -227,14 +233,17 @@ inline std::vector<char> make_plan(const std::vector<TensorSpec>& specs, int rul
   header.items = int64_t(items.size());
   header.strips = int64_t(strips.size());
   header.budgets = int64_t(budgets.size());
+  header.budget_sums = budget_sums;
   header.tile_capacity = tuning.capacity;
   header.panel = tuning.panel;
   header.record_offset = sizeof(PlanHeader);
   header.item_offset = header.record_offset + int64_t(records.size() * sizeof(TensorRecord));
   header.budget_offset = header.item_offset + int64_t(items.size() * sizeof(Item));
   header.shape_offset = header.budget_offset + int64_t(budgets.size() * sizeof(Budget));
-  header.decay_offset = header.shape_offset + int64_t(shapes.size() * sizeof(int64_t));
-  header.bytes = header.decay_offset + (numbers || !budgets.empty() ? header.tensors + numbers : 0) * int64_t(sizeof(double));
+  header.written_offset = header.shape_offset + int64_t(shapes.size() * sizeof(int64_t));
+  header.bytes = header.written_offset;
+  if (numbers || !budgets.empty())
+    header.bytes += header.tensors * int64_t(sizeof(Sharing)) + numbers * int64_t(sizeof(double));
   std::vector<char> plan(size_t(header.bytes));
   std::memcpy(plan.data(), &header, sizeof(header));
   if (!records.empty())

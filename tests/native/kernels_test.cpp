@@ -14,7 +14,7 @@
 #include "math/envelope.h"
 #include "math/radial.h"
 #include "math/rule_list.h"
-#include "math/half_space.h"
+#include "math/scalars.h"
 #include "specs.h"
 
 namespace {
@@ -96,6 +96,7 @@ double random_scalar() { return double(1 + g_random() % 7) / 8; }
 struct RuleNeeds {
   int id, slots, hypers;
   bool reads_param, paired, half_space;
+  int budget_sums;
   const char* name;
 };
 
@@ -175,14 +176,28 @@ Step random_step(const RuleNeeds& rule, bool grouped) {
   step.radial = {grouped ? random_penalty() : 0, last[2], last[3]};
   Line<double> line;
   if (rule.paired && !line_of(step.radial, 1.0, !rule.half_space, line)) step.radial.kind = int(PenaltyKind::l1);
-  if (grouped && rule.paired && !rule.half_space && g_random() % 4 == 0) {
+  if (grouped && rule.paired && g_random() % 4 == 0) {
     constexpr PenaltyKind kBent[] = {PenaltyKind::l0, PenaltyKind::l_half, PenaltyKind::l_two_thirds, PenaltyKind::mcp,
                                      PenaltyKind::scad};
     step.radial.kind = int(kBent[g_random() % 5]);
-    step.jumps = true;
+    step.jumps = !rule.half_space;  // which asks for the slope alone
   }
   if (rule.half_space) step.elementwise.kind = int(PenaltyKind::none);
   return step;
+}
+
+// The eta at which shares of these rises sum to k, by bisection, where kernels take Newton's steps between breakpoints.
+double bisected_eta(const std::vector<Rise>& rises, double k) {
+  double low = 0, high = std::numeric_limits<double>::infinity();
+  if (std::count_if(rises.begin(), rises.end(), [](const Rise& rise) { return rise.alive; }) <= k) return high;
+  for (int turn = 0; turn < 2200; ++turn) {
+    const double middle = std::isinf(high) ? (low == 0 ? 1 : 2 * low) : low + (high - low) / 2;
+    if (middle == low || middle == high) break;
+    double sum = 0;
+    for (const Rise& rise : rises) sum += rise.share(middle);
+    (sum < k ? low : high) = middle;
+  }
+  return high;
 }
 
 // The plain loop. error_scale gets the magnitudes that rounding errors are relative to.
@@ -208,15 +223,25 @@ template <class Rule> void oracle(TestTensor& t, const Step& step) {
     for (int64_t i = 0; i < t.numel; ++i) t.error_scale[i] = sizes[group[i]];
     if constexpr (Rule::kHalfSpace) {
       Line<double> line{};
-      CHECK(line_of(step.radial, t.spec.weight, false, line), "penalty %d has no line", step.radial.kind);
-      std::vector<Sums> sums(t.numel, Sums{0, 0});
+      const bool straight = line_of(step.radial, t.spec.weight, false, line);
+      std::vector<std::array<double, 2>> sums(t.numel);
       for (int64_t i = 0; i < t.numel; ++i) {
         const Sums one = half_space_terms(q[i], scales[i]);
-        sums[group[i]].a += one.a, sums[group[i]].b += one.b;
+        sums[group[i]][0] += one.a, sums[group[i]][1] += one.b;
       }
+      const double decay = budget_decay(1, step.radial, t.spec.weight);
+      std::vector<Rise> rises;
+      for (int64_t g = 0; t.spec.budget && g < t.numel; ++g) rises.push_back(rise_of<2>(sums[g].data(), decay));
+      const double eta = bisected_eta(rises, double(t.spec.budget));
+      double size = 0;
+      for (int64_t i = 0; i < t.numel; ++i) size = std::max(size, t.error_scale[i]);
       for (int64_t i = 0; i < t.numel; ++i) {
-        const double pull = half_space_pull(sums[group[i]], line, h.lr, h.epsilon);
+        const auto [squares, along] = sums[group[i]];
+        const double rate = half_space_rate(square_root(squares), straight, line, step.radial, t.spec.weight);
+        const double pull = t.spec.budget ? envelope_pull(sums[group[i]].data(), decay, eta, h.lr, h.epsilon)
+                                          : half_space_pull({squares, along}, rate, h.lr, h.epsilon);
         q[i] = half_space(q[i], scales[i], pull);
+        if (t.spec.budget) t.error_scale[i] = size;
       }
     } else if constexpr (Rule::kMetric) {
       Line<double> line{};
@@ -235,26 +260,14 @@ template <class Rule> void oracle(TestTensor& t, const Step& step) {
       }
       for (int64_t i = 0; i < t.numel; ++i) q[i] = shrink_weighted(q[i], scales[i], root_rho(norms[group[i]], line));
     } else if (t.spec.budget) {
-      // Bisection for the root that kernels find by Newton's steps and breakpoints.
-      const double decay = uniform_scale<Rule, double>(h) * step.radial.a * t.spec.weight;
-      std::vector<double> norms;
-      int64_t alive = 0;
-      for (int64_t g = 0; g < t.numel; ++g)
-        if (sizes[g] > 0) norms.push_back(std::sqrt(squares[g])), alive += norms.back() > 0;
-      double low = 0, high = std::numeric_limits<double>::infinity();
-      if (alive > t.spec.budget)
-        for (int turn = 0; turn < 2200; ++turn) {
-          const double middle = std::isinf(high) ? (low == 0 ? 1 : 2 * low) : low + (high - low) / 2;
-          if (middle == low || middle == high) break;
-          double sum = 0;
-          for (double norm : norms) sum += share(norm, decay, middle);
-          (sum < double(t.spec.budget) ? low : high) = middle;
-        }
+      const double decay = budget_decay(uniform_scale<Rule, double>(h), step.radial, t.spec.weight);
+      std::vector<Rise> rises;
+      for (int64_t g = 0; g < t.numel; ++g) rises.push_back(rise_of<1>(&squares[g], decay));
+      const double eta = bisected_eta(rises, double(t.spec.budget));
       double size = 0;
       for (int64_t i = 0; i < t.numel; ++i) size = std::max(size, t.error_scale[i]);
       for (int64_t i = 0; i < t.numel; ++i) {
-        const double norm = std::sqrt(squares[group[i]]);
-        q[i] *= envelope_factor(norm, decay, share(norm, decay, high));
+        q[i] *= envelope_factor(&squares[group[i]], decay, eta);
         t.error_scale[i] = size;
       }
     } else {
@@ -329,7 +342,7 @@ void run_round(const Driver& driver, const RuleNeeds& rule, DType dtype, bool gr
                void (*oracle)(TestTensor&, const Step&)) {
   Step step = random_step(rule, grouped);
   const bool specials = g_random() % 4 == 0, counting = g_random() % 4 != 0;
-  const bool budgets = grouped && !rule.paired && g_random() % 3 == 0;
+  const bool budgets = grouped && rule.budget_sums && g_random() % 3 == 0;
   if (budgets) step.elementwise.kind = step.radial.kind = int(PenaltyKind::none);
   std::vector<TestTensor> tensors;
   std::vector<TensorSpec> specs;
@@ -342,7 +355,8 @@ void run_round(const Driver& driver, const RuleNeeds& rule, DType dtype, bool gr
     grads.push_back(tensors.back().grad.data<void>());
   }
   const int slots = int(tensors[0].state.size());
-  std::vector<char> memory = make_plan(specs, rule.id, dtype, slots, driver.tuning(int64_t(size_of(dtype)), int64_t(size_of(wide(dtype)))));
+  const Tuning tuning = driver.tuning(int64_t(size_of(dtype)), int64_t(size_of(wide(dtype))) * (1 + rule.paired));
+  std::vector<char> memory = make_plan(specs, rule.id, dtype, slots, tuning, rule.budget_sums);
   const PlanView plan{memory.data()};
   const Buffer counts(sizeof(int32_t), 2 * plan.header().items, 0);
   const bool skip = step.scalars[0] != 0, live = skip || g_random() % 2;  // who has the scalars on the host skips there
@@ -366,7 +380,7 @@ void run_round(const Driver& driver, const RuleNeeds& rule, DType dtype, bool gr
 
 template <class Rule> void run_rule(const Driver& driver, int id, const char* name, int rounds) {
   const RuleNeeds rule{id, Rule::kStateSlots, sizeof(typename Rule::template Hyper<double>) / sizeof(double),
-                       Rule::kReadsParam, kPaired<Rule>, Rule::kHalfSpace, name};
+                       Rule::kReadsParam, kPaired<Rule>, Rule::kHalfSpace, kBudgetSums<Rule>, name};
   for (int round = 0; round < rounds; ++round)
     for (bool grouped : {false, true})
       for (DType dtype : {DType::f32, DType::f64, DType::bf16, DType::fp16})

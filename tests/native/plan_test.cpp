@@ -72,8 +72,8 @@ void check_tensor(const PlanView& plan, int tensor, const TensorSpec& spec, cons
   for (const auto& [group, count] : items_of_group) CHECK(count == 1, "group %ld is in %d items", long(group), count);
 }
 
-// Every tensor belongs to one budget, or to none, and every group that shares one, and every column of a strip, has a
-// number of its own within the plan.
+// Every tensor belongs to one budget, or to none, and every group that shares one, and every column of a strip, has
+// numbers of its own within the plan.
 void check_numbers(const PlanView& plan, const std::vector<TensorSpec>& specs) {
   const PlanHeader& header = plan.header();
   int64_t budget = -1, numbers = 0, strips = 0;
@@ -91,12 +91,12 @@ void check_numbers(const PlanView& plan, const std::vector<TensorSpec>& specs) {
     const Budget& mine = plan.budgets()[budget];
     CHECK(mine.first_tensor <= int(t) && int(t) < mine.end_tensor, "tensor %zu is not in budget %ld", t, long(budget));
     CHECK(specs[t].budget < 0 || (mine.first_tensor == int(t) && mine.k == specs[t].budget));
-    numbers += record.numel ? g.groups() : 0;
+    numbers += record.numel ? g.groups() * header.budget_sums : 0;
   }
   CHECK(header.budgets == budget + 1, "%ld budgets instead of %ld", long(header.budgets), long(budget + 1));
   CHECK(header.strips == strips, "%ld strips instead of %ld", long(header.strips), long(strips));
-  const int64_t room = budget < 0 && numbers == 0 ? 0 : header.tensors + numbers;
-  CHECK(header.decay_offset % 8 == 0 && header.decay_offset + 8 * room == header.bytes, "room for %ld", long(room));
+  const int64_t room = budget < 0 && numbers == 0 ? 0 : 2 * header.tensors + numbers;
+  CHECK(header.written_offset % 8 == 0 && header.written_offset + 8 * room == header.bytes, "room for %ld", long(room));
 }
 
 void check_random_plans() {
@@ -107,12 +107,13 @@ void check_random_plans() {
     for (TensorSpec& spec : specs) spec = random_spec(grouped);
     if (round % 4 == 1)
       for (TensorSpec& spec : specs) spec.budget = &spec == specs.data() || g_random() % 2 ? pick({1, 2, 7}) : -1;
-    const std::vector<char> memory = make_plan(specs, 2, DType::bf16, 2, tuning);
+    const int sums = pick({1, 2});
+    const std::vector<char> memory = make_plan(specs, 2, DType::bf16, 2, tuning, sums);
     const std::vector<char> copy = memory;  // as an upload does
     const PlanView plan{copy.data()};
     const PlanHeader& header = plan.header();
     CHECK(header.bytes == int64_t(copy.size()) && header.tensors == int64_t(specs.size()));
-    CHECK(header.rule == 2 && header.dtype == int32_t(DType::bf16) && header.slots == 2);
+    CHECK(header.rule == 2 && header.dtype == int32_t(DType::bf16) && header.slots == 2 && header.budget_sums == sums);
     int64_t elements = 0;
     for (size_t t = 0; t < specs.size(); ++t) {
       check_tensor(plan, int(t), specs[t], tuning);
