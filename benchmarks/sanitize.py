@@ -57,6 +57,8 @@ def main() -> int:
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     cases = itertools.product(OURS.items(), PENALTIES.items(), dtypes)
     known = [case for case in cases if takes(case[0][0], case[1][0])]
+    shared = [(title, OURS[title]) for title in ("ProxSGD", "HSPG")]
+    known += itertools.product(shared, [("envelope", lambda: bc.GroupEnvelope(1e-2, k=1))], dtypes)
     for (title, new), (penalty, reg), dtype in known[part::parts]:
         # The order of a sum over a group is the kernel's own.
         tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 1e-2)

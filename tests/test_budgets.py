@@ -63,6 +63,24 @@ def test_every_rule(kernel_driver, rule, dtype):
         check(Problem(rule, reg, dtype, shapes, steps=3, masked=groups != "out"))
 
 
+@pytest.mark.parametrize("kernel_driver", ["cpu"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scope", ["tensor", "all"])
+@pytest.mark.parametrize("rule", ["linbreg", "proxsgd_momentum", "hspg"])
+def test_strips(kernel_driver, rule, scope, dtype):
+    """Groups that run through all rows of a large tensor: strips of rows leave the sums of their columns."""
+    if scope == "all" and rule == "linbreg":
+        pytest.skip("a dual serves no k for all tensors")
+    shapes = [(611, 307), (9, 5), (130, 40, 6, 6), (2050, 96), (200, 5, 160)]
+    layouts = ["contiguous", "contiguous", "channels_last"]
+    reg = lambda: GroupEnvelope(0.3, 4 if scope == "tensor" else 40, "in", scope=scope)  # noqa: E731
+    for masked in (False, True):
+        problem = Problem(rule, reg, dtype, shapes, layouts, steps=2, masked=masked)
+        check(problem)
+    ((_, bucket),) = run(problem, fused=True).optimizer._buckets()
+    assert int(bucket.plan.view(torch.int64)[5]) >= 2 * 3, "no strips"  # PlanHeader::strips; three tensors or more
+
+
 @st.composite
 def problems(draw, driver: str) -> Problem:
     groups = draw(st.sampled_from(list(GROUPS)))
@@ -261,23 +279,27 @@ def test_more_tensors_than_a_launch_takes(kernel_driver):
     check(Problem("proxsgd", lambda: GroupEnvelope(0.5, 60, scope="all"), torch.float32, shapes, steps=1))
 
 
-def test_threads_do_not_change_a_bit(kernel_driver):
-    problem = Problem("linbreg", lambda: GroupEnvelope(0.5, 9), torch.float32, [(64, 300), (400, 70), (9, 9)], steps=3)
+@pytest.mark.parametrize("rule", ["linbreg", "hspg"])
+def test_threads_do_not_change_a_bit(kernel_driver, rule):
+    problem = Problem(rule, lambda: GroupEnvelope(0.5, 9), torch.float32, [(64, 300), (400, 70), (9, 9)], steps=3)
     one, two = run(problem, fused=True), run(problem, fused=True, threads=2)
     assert all(map(torch.equal, one.params, two.params))
 
 
-def test_scalars_on_the_device_and_a_skipped_step(kernel_driver):
+@pytest.mark.parametrize("rule", ["linbreg", "hspg"])
+def test_scalars_on_the_device_and_a_skipped_step(kernel_driver, rule):
     params, twins = model(dtype=torch.float64), model(dtype=torch.float64)
-    reg = GroupEnvelope(0.3, 2)
-    optimizer = LinBreg(params, lr=torch.tensor(0.1), reg=reg, capturable=True, fused=True)
+    reg, make = GroupEnvelope(0.3, 2), registry.EVERY_RULE[rule].make
+    optimizer = make(params, reg, lr=torch.tensor(0.1), capturable=True, fused=True)
     train(optimizer, params, 3)
-    train(LinBreg(twins, lr=0.1, reg=reg, fused=True), twins, 3)
+    train(make(twins, reg, lr=0.1, fused=True), twins, 3)
     for p, twin in zip(params, twins):
         torch.testing.assert_close(p, twin, rtol=1e-6, atol=1e-7)  # lr is an fp32 tensor
     before = snapshot(optimizer)
     optimizer.found_inf, optimizer.grad_scale = torch.ones(()), None
     train(optimizer, params, 1)
+    for group, options in zip(optimizer.param_groups, before[2]):  # HSPG counts tries
+        options.update((name, group[name]) for name in ("steps", "skipped") if name in group)
     assert_unchanged(optimizer, before)
     del optimizer.found_inf
     train(optimizer, params, 1)

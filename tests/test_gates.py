@@ -56,7 +56,7 @@ def constant(rule: str, name: str) -> int:
 
 
 # Walker, rule and dtype of every kernel.
-SHARING = [rule for rule in RULES if not constant(rule, "kMetric") and not constant(rule, "kHalfSpace")]
+SHARING = [rule for rule in RULES if not constant(rule, "kMetric")]
 KEYS = [
     *itertools.product(("separable", "tile"), RULES, PACKS),
     *itertools.product(("shared",), SHARING, PACKS),
@@ -208,9 +208,9 @@ def test_the_ptx_reader_sees_generic_and_narrow_accesses() -> None:
 
 # The functions that hold the loops, by file and template arguments.
 COMMON = ("NoPenalty", "L1")  # the elementwise penalties that rules are compiled with
-PLAIN = tuple(
-    rule for rule in RULES if not constant(rule, "kMetric") and not constant(rule, "kHalfSpace")
-)  # rules whose group loops recompute points
+HALF_SPACE = tuple(rule for rule in RULES if constant(rule, "kHalfSpace"))
+TWICE = tuple(rule for rule in RULES if not constant(rule, "kMetric"))  # rules whose group loops recompute points
+PLAIN = tuple(rule for rule in TWICE if rule not in HALF_SPACE)
 METRIC = tuple(rule for rule in RULES if constant(rule, "kMetric"))
 LATE = {rule for rule in RULES if constant(rule, "kLate")}
 ONE_ARRAY = {rule for rule in PLAIN if constant(rule, "kReadsParam") + constant(rule, "kStateSlots") == 1}
@@ -223,13 +223,15 @@ FUNCTIONS = {
     "separable_block": ("loops.h", RULES, COMMON, COMPUTE),
     "advance_run": ("loops.h", PLAIN, COMMON, COMPUTE),
     "advance_rows": ("loops.h", ("1", "4"), PLAIN, COMMON, COMPUTE),
-    "finish_block": ("loops.h", PLAIN, COMMON, COMPUTE),
+    "advance_pairs": ("loops.h", HALF_SPACE, COMPUTE),
+    "finish_block": ("loops.h", TWICE, COMMON, COMPUTE),
     "advance_points": ("loops.h", ("false", "true"), RULES, COMPUTE),
     "finish_points": ("loops.h", ("false", "true"), RULES, COMPUTE),
     "prox_points": ("points.h", PENALTIES[1:], COMPUTE),
     "prox_each": ("points.h", PENALTIES[1:] if METRIC else (), COMPUTE),
     "add_squares": ("points.h", COMPUTE),
-    "add_pairs": ("group_prox.h", ("CurveTerms", "GainTerms", "HalfSpaceTerms"), COMPUTE),
+    "add_products": ("points.h", COMPUTE),
+    "add_pairs": ("group_prox.h", ("CurveTerms", "GainTerms"), COMPUTE),
     "add_moments": ("group_prox.h", COMPUTE),
     "move_up": ("group_prox.h", COMPUTE),
 }

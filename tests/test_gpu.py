@@ -78,6 +78,7 @@ LAUNCHES = [
     ("splitlbi_nesterov", "group_out", 1),
     ("hspg", "group_out", 1),
     ("proxsgd_momentum", "envelope", 3),
+    ("hspg", "envelope", 3),
 ]
 
 

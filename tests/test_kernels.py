@@ -132,7 +132,8 @@ class NonnegGroups(GroupLasso):
         for rule in ("linbreg", "linbreg_torch", "adabreg", "proxsgd_momentum", "rmda", "splitlbi")
         for make in (registry.REGULARIZERS["group_in"], registry.REGULARIZERS["sparse_group_in"], NonnegGroups.example)
     ]
-    + [(rule, registry.REGULARIZERS["group_l_half"]) for rule in ("proxsgd_momentum", "rmda")],  # not for a dual
+    + [(rule, registry.REGULARIZERS["group_l_half"]) for rule in ("proxsgd_momentum", "rmda", "hspg")]  # not for a dual
+    + [("hspg", registry.REGULARIZERS["group_in"])],
 )
 def test_strips(kernel_driver, rule, make, dtype):
     """Groups that run through all rows of a large tensor: what follows from sums of strips of rows."""

@@ -22,6 +22,7 @@ struct Arrays {
     auto from = [i](C* slot) { return slot ? slot + i : nullptr; };
     return {params, grads, from(slot0), from(slot1), from(slot2)};
   }
+  Arrays from(int64_t i) const { return with(param + i, grad + i, i); }
 };
 
 template <class Rule, class C>
@@ -54,10 +55,10 @@ BREGMAN_HD Point<C> point_of(const Arrays<C>& a, int64_t i, const Scalars<Rule, 
   return Rule::point(grad, param, s, k.h);
 }
 
-// The same with the elementwise prox, before any group's factor.
-template <bool kAdvance, class Rule, class Elementwise, class C>
+// The first visit's with the elementwise prox, before any group's factor.
+template <class Rule, class Elementwise, class C>
 BREGMAN_HD C prox_point(const Arrays<C>& a, int64_t i, const Scalars<Rule, C>& k, C* s) {
-  const Point<C> p = point_of<kAdvance>(a, i, k, s);
+  const Point<C> p = point_of<true>(a, i, k, s);
   return Elementwise::prox(p.z, p.scale, k.elementwise);
 }
 

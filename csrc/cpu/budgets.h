@@ -7,15 +7,15 @@
 namespace bregman {
 
 // Finds how far the shares of the groups rise, from the sums that each of them left.
-template <int kSums>
+template <bool kHalfSpace>
 void share_budget(const PlanView& plan, const Budget& budget) {
   const double eta = envelope_root(double(budget.k), [&](auto sum, auto f) {
     for (int32_t tensor = budget.first_tensor; tensor < budget.end_tensor; ++tensor) {
       const TensorRecord& record = plan.records()[tensor];
       const int64_t groups = record.numel == 0 ? 0 : record.layout.groups();
-      const double* sums = plan.numbers(record);
+      const double* squares = plan.group_numbers(record);
       const double decay = plan.sharing()[tensor].decay;
-      for (int64_t g = 0; g < groups; ++g, sums += kSums) sum = plus(sum, f(rise_of<kSums>(sums, decay)));
+      for (int64_t g = 0; g < groups; ++g) sum = plus(sum, f(rise_of<kHalfSpace>(squares[g], decay)));
     }
     return sum;
   });
@@ -35,15 +35,17 @@ inline int64_t end_of_strips(const PlanView& plan, int64_t begin, int64_t least)
 template <class Visit, class Share>
 void all_visits(const PlanView& plan, bool counting, int64_t together, Visit visit, Share share) {
   const PlanHeader& header = plan.header();
+  int64_t begin = header.items - header.strips;
   if (header.budgets) {
     visit(Phase::norms, 0, header.items);
+    if (header.strips) visit(Phase::sum_strips, begin, header.items);
     share(header.budgets, [&](int64_t i) {
-      (header.budget_sums == 1 ? share_budget<1> : share_budget<2>)(plan, plan.budgets()[i]);
+      (header.group_sums == 2 ? share_budget<true> : share_budget<false>)(plan, plan.budgets()[i]);
     });
     visit(Phase::scale, 0, header.items);
+    if (header.strips && counting) visit(Phase::count_strips, begin, header.items);
     return;
   }
-  int64_t begin = header.items - header.strips;
   if (begin > 0) visit(Phase::whole, 0, begin);
   for (int64_t end = begin; begin < header.items; begin = end) {
     end = end_of_strips(plan, begin, together);

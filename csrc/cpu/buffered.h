@@ -1,5 +1,4 @@
-// Groups whose points are kept in a buffer: with elementwise penalties other than none and L1, in a diagonal metric,
-// and for half-space steps.
+// Groups whose points are kept in a buffer: with elementwise penalties other than none and L1, and in a diagonal metric.
 #pragma once
 
 #include "group_prox.h"
@@ -12,58 +11,30 @@ struct PointGroups : TileOf<T> {
   using C = compute_t<T>;
   using Base = TileOf<T>;
   using Base::row, Base::rows, Base::scratch, Base::step, Base::stored, Base::t;
-  const Phase phase;
-  double* const values;  // where the sums of half-space steps with budgets lie
-  const Sharing* const sharing;
 
-  PointGroups(const PlanView& plan, const Item& item, const void* grad, const Step<C>& step, Phase phase)
-      : Base(plan.records()[item.tensor], grad, step), phase(phase), values(plan.numbers(t)),
-        sharing(plan.sharing() + item.tensor) {}
+  PointGroups(const TensorRecord& record, const void* grad, const Step<C>& step) : Base(record, grad, step) {}
 
-  // The half-space step: in phases, if there is a budget, of which the first leaves sums.
-  void project(BufferedGroups<C>& groups, int64_t first, int64_t count, bool straight, const Line<C>& line) const {
-    double* const left = values + kBudgetSums<HalfSpace> * first;
-    C* const pulls = groups.found();
-    if (phase == Phase::scale) {
-      for (int64_t g = 0; g < count; ++g)
-        pulls[g] = envelope_pull(left + 2 * g, sharing->decay, sharing->eta, step.lr, step.epsilon);
-      return;
-    }
-    groups.sum_half_spaces([&](int64_t g, const Sums& sums) {
-      if (phase == Phase::norms) left[2 * g] = sums.a, left[2 * g + 1] = sums.b;
-      else pulls[g] = half_space_pull(sums, half_space_rate(square_root(sums.a), straight, line, step.radial, C(t.weight)),
-                                      step.lr, step.epsilon);
-    });
-  }
-
-  int32_t run(int64_t base, int64_t first, int64_t count, int32_t* alive) const {
+  int32_t run(int64_t base, int64_t count, int32_t* alive) const {
     const int64_t columns = count * row, elements = rows * columns;
     C* z = scratch.template get<C>(4, elements);
-    C* scales = step.rule.paired() ? scratch.template get<C>(5, elements) : z;
+    C* scales = step.rule.metric ? scratch.template get<C>(5, elements) : z;
     BufferedGroups<C> groups(scratch, z, scales, rows, row, count);
     Line<C> line{};
-    bool straight = false;
-    if (step.rule.paired()) straight = line_of(step.radial, C(t.weight), step.rule.metric, line);
-    C* squares = step.rule.metric && straight ? groups.squares() : nullptr;
-    const auto make = phase == Phase::scale ? step.rule.repeat_points
-                      : squares             ? step.rule.advance_squares
-                                            : step.rule.advance_points;
+    const bool straight = step.rule.metric && line_of(step.radial, C(t.weight), true, line);
+    C* squares = straight ? groups.squares() : nullptr;
     if (groups.folds && squares) {
       const int64_t whole = columns / groups.columns, rest = whole * groups.columns;
-      make_any(stored, base, {1, whole, 0, groups.columns}, groups.columns, step, make, z, scales, squares);
+      advance_any(stored, base, {1, whole, 0, groups.columns}, groups.columns, step, z, scales, squares);
       if (rest < columns)
-        make_any(stored, base + rest, {1, 1, 0, 0}, columns - rest, step, make, z + rest, scales + rest, squares);
+        advance_any(stored, base + rest, {1, 1, 0, 0}, columns - rest, step, z + rest, scales + rest, squares);
     } else {
-      make_any(stored, base, this->all_rows(), columns, step, make, z, scales, squares);
+      advance_any(stored, base, this->all_rows(), columns, step, z, scales, squares);
     }
     if (step.elementwise.kind != 0) prox_buffer<C>(z, scales, elements, step);
     if (step.rule.metric) {
       const int64_t level = std::min(rows, this->inner);
       if (straight) groups.shrink_in_metric(line, {stored, base + columns, level, columns, this->row_stride});
       else groups.shrink_along(step.radial, C(t.weight));
-    } else if (step.rule.half_space) {
-      project(groups, first, count, straight, line);
-      if (phase == Phase::norms) return 0;
     } else {
       groups.shrink(step.scale * C(t.weight), step.radial);
     }
@@ -79,22 +50,19 @@ struct PointGroups : TileOf<T> {
       for (int64_t m = 0; m < count; ++m) *alive += this->any_nonzero(base + m * row);
     return nonzeros;
   }
-  int32_t run_long(int64_t base, int64_t first, int64_t count, int32_t* alive) const {
+  int32_t run_long(int64_t base, int64_t, int64_t count, int32_t* alive) const {
     int32_t nonzeros = 0;
-    for (int64_t m = 0; m < count; ++m) nonzeros += run(base + m * row, first + m, 1, alive);
+    for (int64_t m = 0; m < count; ++m) nonzeros += run(base + m * row, 1, alive);
     return nonzeros;
   }
-  int32_t run_columns(int64_t base, int64_t first, int64_t count, int32_t* alive) const {
-    return run(base, first, count, alive);
-  }
+  int32_t run_columns(int64_t base, int64_t, int64_t count, int32_t* alive) const { return run(base, count, alive); }
 };
 
 template <class T>
 void run_points(const PlanView& plan, const Item& item, const void* grad, const Step<compute_t<T>>& step, Phase phase,
                 int32_t* counts) {
   const TensorRecord& t = plan.records()[item.tensor];
-  const PointGroups<T> groups(plan, item, grad, step, phase);
-  if (phase == Phase::norms) note_decay(plan, item, compute_t<T>(1), step.radial);
+  const PointGroups<T> groups(t, grad, step);
   if (t.strip_rows == 0) return run_tile(groups, item, counts);
   if (phase != Phase::whole) return;
   // Points are kept for whole groups: tiles of these in turn, instead of rows.

@@ -1,4 +1,4 @@
-// What the prox of groups needs of points in a buffer: isotropic, in a diagonal metric, or onto half-spaces.
+// What the prox of groups needs of points in a buffer: isotropic or in a diagonal metric.
 #pragma once
 
 #include "../math/curved.h"
@@ -64,10 +64,6 @@ struct CurveTerms {
 struct GainTerms {
   template <class C>
   BREGMAN_HD Sums operator()(C z, C scale, C rho) const { return gain_terms(z, scale, rho); }
-};
-struct HalfSpaceTerms {
-  template <class C>
-  BREGMAN_HD Sums operator()(C z, C scale, C) const { return half_space_terms(z, scale); }
 };
 
 template <class Terms, class C>
@@ -243,17 +239,6 @@ class BufferedGroups {
     }
     for (int64_t g = 0; g < count_; ++g) group_[g] = C(rho[g]);
   }
-
-  // The sums of a half-space step, with the old parameters for scales: calls f(g, sums) for each group.
-  template <class F>
-  void sum_half_spaces(F f) {
-    double* none = totals_ + 3 * count_;
-    for (int64_t g = 0; g < count_; ++g) none[g] = 0;
-    visit(none, HalfSpaceTerms());
-    for (int64_t g = 0; g < count_; ++g) f(g, sums(g));
-  }
-  // Where the numbers that were found belong, one for each group.
-  C* found() { return group_; }
 
   // What was found, for n columns: those of a row of the tile, or kBuffer elements of a folded run.
   const C* numbers() const {

@@ -35,6 +35,7 @@ void advance_columns(const Stored<T>& stored, int64_t base, const Rows& rows, in
     for (; inner < rows.inner; ++inner, begin += rows.inner_stride) {
       if (!whole && inner + ahead < rows.inner) fetch(stored, begin + ahead * rows.inner_stride, n);
       stored.advance(begin, n, [&](const Arrays<C>& a, int64_t j, int64_t m, auto) {
+        if (loops.advance_pairs) return loops.advance_pairs(a, 1, 0, m, step, sums + j, sums + n + j);
         loops.advance_row(a, 0, m, step, sums + j);
       });
     }
@@ -174,51 +175,83 @@ struct Groups : TileOf<T> {
       Base::scratch, Base::step, Base::stored, Base::t;
   const FusedLoops<C>& loops;
   const C scale;
+  const int64_t many;  // sums of each group: all first ones, then all second ones
   const bool stream;
   const Phase phase;
-  double* const values;  // where phases leave numbers
+  double* const column_sums;  // where strips leave those of their columns
+  double* const group_sums;   // where phases leave those of groups, or without a budget what follows from them
+  const int64_t groups;
   const Sharing* const sharing;
 
   Groups(const PlanView& plan, const Item& item, const void* grad, const Step<C>& step, const FusedLoops<C>& loops,
          Phase phase)
       : Base(plan.records()[item.tensor], grad, step, plan.records()[item.tensor].strip_rows ? item.count : 0),
-        loops(loops), scale(step.scale * C(t.weight)), stream(streams<T>(plan, t, step.rule)), phase(phase),
-        values(plan.numbers(t)), sharing(plan.sharing() + item.tensor) {}
+        loops(loops), scale(step.scale * C(t.weight)), many(plan.header().group_sums),
+        stream(streams<T>(plan, t, step.rule)), phase(phase), column_sums(plan.numbers(t)),
+        group_sums(plan.group_numbers(t)), groups(t.layout.groups()),
+        sharing(plan.header().budgets ? plan.sharing() + item.tensor : nullptr) {}
 
-  // That a group's share of the budget leaves it.
-  C shared_factor(int64_t g) const { return C(envelope_factor(values + g, sharing->decay, sharing->eta)); }
+  // What the last visit asks to know of groups, their factors or pulls, from their sums; second ones lie `stride` behind.
+  void find_numbers(int64_t count, const double* sums, int64_t stride, C* found) const {
+    if (many == 2) {
+      Line<C> line{};
+      const bool straight = line_of(step.radial, C(t.weight), false, line);
+      for (int64_t m = 0; m < count; ++m) {
+        const double squares = sums[m];
+        const double rate = sharing ? envelope_rate(squares, sharing->decay, sharing->eta)
+                                    : half_space_rate(square_root(squares), straight, line, step.radial, C(t.weight));
+        found[m] = half_space_pull({squares, sums[stride + m]}, rate, step.lr, step.epsilon);
+      }
+    } else if (sharing) {
+      for (int64_t m = 0; m < count; ++m) found[m] = C(envelope_factor(sums[m], sharing->decay, sharing->eta));
+    } else {
+      radial_factors(sums, count, scale, step.radial, found);
+    }
+  }
 
-  // Where there is a mask, points that it leaves out must not be summed: calls f(points, j, m) for all n neighbours.
+  // Where there is a mask, points that it leaves out must not be summed: calls f(points, old parameters, j, m) for all n
+  // neighbours.
   template <class F>
   void masked_points(int64_t begin, int64_t n, F f) const {
-    alignas(64) C z[kBuffer];
+    alignas(64) C z[kBuffer], old[kBuffer];
     for (int64_t j = 0; j < n; j += kBuffer) {
       const int64_t m = std::min(kBuffer, n - j);
-      make_any(stored, begin + j, {1, 1, 0, 0}, m, step, step.rule.advance_points, z, z);
-      if (step.elementwise.kind != 0) prox_buffer<C>(z, z, m, step);
-      f(z, j, m);
+      advance_any(stored, begin + j, {1, 1, 0, 0}, m, step, z, old);
+      if (step.elementwise.kind != 0) prox_buffer<C>(z, old, m, step);
+      f(z, old, j, m);
     }
+  }
+  // Second sums lie `stride` behind the first ones.
+  void add_terms(const C* z, const C* old, int64_t count, int64_t n, double* sums, int64_t stride) const {
+    if (many == 2) add_products(z, old, count, n, sums, sums + stride);
+    else add_squares(z, count, n, sums);
   }
 
   void advance_one(int64_t begin, int64_t n, double* lanes) const {
     if (t.mask == nullptr)
       return stored.advance(begin, n, [&](const Arrays<C>& a, int64_t, int64_t m, auto) {
-        loops.advance_run(a, m, step, lanes);
+        if (many == 1) return loops.advance_run(a, m, step, lanes);
+        const int64_t count = m / kLanes, whole = count * kLanes;
+        loops.advance_pairs(a, count, kLanes, kLanes, step, lanes, lanes + kLanes);
+        loops.advance_pairs(a.from(whole), 1, 0, m - whole, step, lanes, lanes + kLanes);
       });
-    masked_points(begin, n, [&](const C* z, int64_t, int64_t m) {
-      const int64_t whole = m / kLanes * kLanes;
-      add_squares(z, m / kLanes, kLanes, lanes);
-      add_squares(z + whole, 1, m - whole, lanes);
+    masked_points(begin, n, [&](const C* z, const C* old, int64_t, int64_t m) {
+      const int64_t count = m / kLanes, whole = count * kLanes;
+      add_terms(z, old, count, kLanes, lanes, kLanes);
+      add_terms(z + whole, old + whole, 1, m - whole, lanes, kLanes);
     });
   }
   void advance_tile(int64_t base, int64_t n, double* sums) const {
+    std::fill_n(sums, many * n, 0.0);
     if (t.mask == nullptr) return advance_columns(stored, base, all_rows(), n, step, loops, sums);
     for (int64_t r = 0; r < rows; ++r)
-      masked_points(offset(base, r), n, [&](const C* z, int64_t j, int64_t m) { add_squares(z, 1, m, sums + j); });
+      masked_points(offset(base, r), n, [&](const C* z, const C* old, int64_t j, int64_t m) {
+        add_terms(z, old, 1, m, sums + j, n);
+      });
   }
 
   // The rest of rows of n columns; meanwhile asks for the next tile, `next` elements a row.
-  int32_t finish(int64_t base, int64_t n, const C* factors, int64_t next) const {
+  int32_t finish(int64_t base, int64_t n, const C* numbers, int64_t next) const {
     auto lines = [](int64_t elements) { return elements % kLine<T> == 0; };
     const bool past = stream && lines(base) && lines(n) && (rows == 1 || (lines(row_stride) && lines(r0_stride)));
     int32_t count = 0;
@@ -226,7 +259,7 @@ struct Groups : TileOf<T> {
       const int64_t begin = offset(base, r);
       fetch(stored, begin + n, next);
       count += stored.template store<Visit::second>(begin, n, past, [&](const Arrays<C>& a, int64_t j, int64_t m) {
-        return loops.finish_block(a, m, step, factors + j);
+        return loops.finish_block(a, m, step, numbers + j);
       });
     }
     return count;
@@ -236,23 +269,23 @@ struct Groups : TileOf<T> {
   int32_t run_long(int64_t base, int64_t first, int64_t count, int32_t* alive) const {
     int32_t nonzeros = 0;
     for (int64_t m = 0; m < count; ++m, base += row) {
-      C factor;
-      if (phase == Phase::scale) {
-        factor = shared_factor(first + m);
-      } else {
-        double lanes[kLanes] = {};
+      double lanes[2 * kLanes] = {};
+      double totals[2] = {};
+      if (phase != Phase::scale) {
         advance_one(base, row, lanes);
-        const double total = sum_lanes(lanes);
-        if (phase == Phase::norms) {
-          values[first + m] = total;
-          continue;
-        }
-        radial_factors(&total, 1, scale, step.radial, &factor);
+        for (int64_t i = 0; i < many; ++i) totals[i] = sum_lanes(lanes + i * kLanes);
       }
-      alignas(64) C factors[kBuffer];
-      std::fill_n(factors, std::min(row, kBuffer), factor);
+      if (phase == Phase::norms) {
+        for (int64_t i = 0; i < many; ++i) group_sums[i * groups + first + m] = totals[i];
+        continue;
+      }
+      C number;
+      if (phase == Phase::scale) find_numbers(1, group_sums + first + m, groups, &number);
+      else find_numbers(1, totals, 1, &number);
+      alignas(64) C numbers[kBuffer];
+      std::fill_n(numbers, std::min(row, kBuffer), number);
       int32_t found = 0;
-      for (int64_t j = 0; j < row; j += kBuffer) found += finish(base + j, std::min(row - j, kBuffer), factors, 0);
+      for (int64_t j = 0; j < row; j += kBuffer) found += finish(base + j, std::min(row - j, kBuffer), numbers, 0);
       nonzeros += found;
       if (alive != nullptr) *alive += found > 0;
     }
@@ -262,66 +295,66 @@ struct Groups : TileOf<T> {
   // `count` groups of short or scattered runs: columns side by side, then the few columns of each group.
   int32_t run_columns(int64_t base, int64_t first, int64_t count, int32_t* alive) const {
     const int64_t columns = count * row;
-    C* factor = scratch.template get<C>(2, count);
-    C* spread_factor = row == 1 ? factor : scratch.template get<C>(3, columns + kSpread);
-    if (phase == Phase::scale) {
-      for (int64_t m = 0; m < count; ++m) factor[m] = shared_factor(first + m);
-    } else {
-      double* sums = scratch.template get<double>(0, columns);
-      double* totals = phase == Phase::norms ? values + first : scratch.template get<double>(1, count);
-      for (int64_t j = 0; j < columns; ++j) sums[j] = 0;
+    C* number = scratch.template get<C>(2, count);
+    C* spread_number = row == 1 ? number : scratch.template get<C>(3, columns + kSpread);
+    const bool kept = phase != Phase::whole;  // sums, from one visit to the next
+    double* totals = kept ? group_sums + first : scratch.template get<double>(1, many * count);
+    const int64_t stride = kept ? groups : count;
+    if (phase != Phase::scale) {
+      double* sums = scratch.template get<double>(0, many * columns);
       advance_tile(base, columns, sums);
-      sum_rows(sums, row, count, totals);
+      for (int64_t i = 0; i < many; ++i) sum_rows(sums + i * columns, row, count, totals + i * stride);
       if (phase == Phase::norms) return 0;
-      radial_factors(totals, count, scale, step.radial, factor);
     }
-    if (row > 1) spread(factor, row, count, spread_factor);
+    find_numbers(count, totals, stride, number);
+    if (row > 1) spread(number, row, count, spread_number);
     const int64_t left = rows == 1 ? 0 : row_stride - base % row_stride - columns;
     const int64_t next = left < columns ? left : columns;
-    const int32_t nonzeros = finish(base, columns, spread_factor, next);
+    const int32_t nonzeros = finish(base, columns, spread_number, next);
     if (alive != nullptr)
       for (int64_t m = 0; m < count; ++m)
-        *alive += (factor[m] != C(0) || step.rule.reads_param) && this->any_nonzero(base + m * row);
+        *alive += (number[m] != C(0) || step.rule.reads_param) && this->any_nonzero(base + m * row);
     return nonzeros;
   }
 
-  // A strip: its sums; its share of the groups' factors, from those of all strips; the rest of its own rows.
+  // A strip: its sums; its share of the groups' sums over all strips, and without a budget what follows from them; the
+  // rest of its own rows.
   int32_t run_strip(int64_t strip) const {
-    const int64_t columns = row_stride, count = t.layout.g2, base = strip * t.strip_rows * columns;
-    double* const factors = values + strips_of(t) * columns;
-    if (phase == Phase::whole) {
-      double* sums = values + strip * columns;
-      for (int64_t j = 0; j < columns; ++j) sums[j] = 0;
-      advance_tile(base, columns, sums);
+    const int64_t columns = row_stride, base = strip * t.strip_rows * columns;
+    if (phase == Phase::whole || phase == Phase::norms) {
+      advance_tile(base, columns, column_sums + strip * many * columns);
       return 0;
     }
-    C* factor = scratch.template get<C>(2, count);
+    C* number = scratch.template get<C>(2, groups);
     if (phase == Phase::sum_strips) {
       const Share part(t, strip);
-      double* sums = scratch.template get<double>(0, columns);
-      double* totals = scratch.template get<double>(1, count);
-      for (int64_t j = 0; j < part.count * row; ++j) sums[j] = 0;
-      for (int64_t s = 0; s < strips_of(t); ++s)
-        add_numbers(values + s * columns + part.begin * row, part.count * row, sums);
-      sum_rows(sums, row, part.count, totals);
-      radial_factors(totals, part.count, scale, step.radial, factor);
-      for (int64_t m = 0; m < part.count; ++m) factors[part.begin + m] = double(factor[m]);
+      double* sums = scratch.template get<double>(0, part.count * row);
+      double* totals = scratch.template get<double>(1, many * part.count);
+      for (int64_t i = 0; i < many; ++i) {
+        std::fill_n(sums, part.count * row, 0.0);
+        for (int64_t s = 0; s < strips_of(t); ++s)
+          add_numbers(column_sums + (s * many + i) * columns + part.begin * row, part.count * row, sums);
+        sum_rows(sums, row, part.count, sharing ? group_sums + i * groups + part.begin : totals + i * part.count);
+      }
+      if (sharing) return 0;
+      find_numbers(part.count, totals, part.count, number);
+      for (int64_t m = 0; m < part.count; ++m) group_sums[part.begin + m] = double(number[m]);
       return 0;
     }
-    C* spread_factor = scratch.template get<C>(3, columns + kSpread);
-    for (int64_t m = 0; m < count; ++m) factor[m] = C(factors[m]);
-    spread(factor, row, count, spread_factor);
-    return finish(base, columns, spread_factor, 0);
+    if (sharing) find_numbers(groups, group_sums, groups, number);
+    else for (int64_t m = 0; m < groups; ++m) number[m] = C(group_sums[m]);
+    C* spread_number = scratch.template get<C>(3, columns + kSpread);
+    spread(number, row, groups, spread_number);
+    return finish(base, columns, spread_number, 0);
   }
 
   // The non-zero ones of a strip's share of the groups, row by row of the tensor.
   int32_t count_alive(int64_t strip) const {
-    const double* const factors = values + strips_of(t) * row_stride;
     const Share part(t, strip);
     char* zero = scratch.template get<char>(0, part.count);  // as far as is known
     int64_t left = 0, alive = 0;
     for (int64_t m = 0; m < part.count; ++m)
-      left += zero[m] = step.rule.reads_param || factors[part.begin + m] != 0;
+      left += zero[m] = step.rule.reads_param || group_sums[part.begin + m] != 0;
     for (int64_t r = 0; r < t.layout.rows() && alive < left; ++r) {
       const T* cells = stored.param + r * row_stride + part.begin * row;
       for (int64_t m = 0; m < part.count; ++m)
@@ -357,19 +390,13 @@ void run_tile(const Groups& groups, const Item& item, int32_t* counts) {
   counts[1] = alive;
 }
 
-// What budgets need of a tensor beside its groups' sums: one of its items says it for all.
-template <class C>
-void note_decay(const PlanView& plan, const Item& item, C scale, const Penalty<C>& radial) {
-  if (item.begin) return;
-  plan.sharing()[item.tensor].decay = budget_decay(double(scale), radial, plan.records()[item.tensor].weight);
-}
-
 template <class T>
 void run_grouped(const PlanView& plan, const Item& item, const void* grad, const Step<compute_t<T>>& step,
                  const FusedLoops<compute_t<T>>& loops, Phase phase, int32_t* counts) {
   const Groups<T> groups(plan, item, grad, step, loops, phase);
   const int64_t strip_rows = groups.t.strip_rows;
-  if (phase == Phase::norms) note_decay(plan, item, step.scale, step.radial);
+  if (phase == Phase::norms && item.begin == 0)  // one of the tensor's items says it for all
+    plan.sharing()[item.tensor].decay = budget_decay(groups.many == 2 ? 1 : double(step.scale), step.radial, groups.t.weight);
   if (strip_rows == 0) {
     run_tile(groups, item, counts);
   } else if (phase == Phase::count_strips) {

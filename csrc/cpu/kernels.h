@@ -23,7 +23,7 @@ int32_t run_separable(const PlanView& plan, const Item& item, const void* grad, 
   int32_t count = 0;
   for (int64_t j = 0; j < item.count; j += kBuffer) {
     const int64_t begin = item.begin + j, n = std::min(kBuffer, item.count - j);
-    make_any(stored, begin, {1, 1, 0, 0}, n, step, step.rule.advance_points, z, scales);
+    advance_any(stored, begin, {1, 1, 0, 0}, n, step, z, scales);
     prox_buffer(z, scales, n, step);
     count += finish_any(stored, begin, n, step, z, scales);
   }
@@ -35,7 +35,7 @@ template <class T>
 void run_typed(const PlanView& plan, const void* const* grads, const StepArgs& args, int32_t* counts, int64_t begin,
                int64_t end) {
   const Step<compute_t<T>> step(loops_of<compute_t<T>>(plan.header().rule), args);
-  const auto* loops = step.rule.paired() ? nullptr : step.rule.fused(args.elementwise);
+  const auto* loops = step.rule.metric ? nullptr : step.rule.fused(args.elementwise);
   for (int64_t n = begin; n < end; ++n) {
     // The second visit of strips goes backwards: caches hold what the first visit touched last.
     const int64_t i = args.phase == Phase::finish_strips ? end - 1 - (n - begin) : n;

@@ -52,7 +52,7 @@ BREGMAN_LOOP int32_t separable_block(const Arrays<C> a, int64_t n, const Step<C>
 #pragma GCC ivdep
   for (int64_t j = 0; j < n; ++j) {
     C s[kMaxSlots];
-    const C q = prox_point<true, Rule, Elementwise>(a, j, k, s);
+    const C q = prox_point<Rule, Elementwise>(a, j, k, s);
     count += finish_element(a, j, k, q, s);
   }
   return count;
@@ -71,7 +71,7 @@ BREGMAN_LOOP void advance_run(const Arrays<C> a, int64_t n, const Step<C>& step,
 #pragma GCC ivdep
     for (int m = 0; m < kLanes; ++m) {
       C s[kMaxSlots];
-      q[m] = prox_point<true, Rule, Elementwise>(a, j + m, k, s);
+      q[m] = prox_point<Rule, Elementwise>(a, j + m, k, s);
     }
     for (int m = 0; m < kLanes; ++m) sums[m] = add_square(sums[m], q[m]);
   }
@@ -79,7 +79,7 @@ BREGMAN_LOOP void advance_run(const Arrays<C> a, int64_t n, const Step<C>& step,
 #pragma GCC ivdep
   for (int64_t m = 0; m < rest; ++m) {
     C s[kMaxSlots];
-    sums[m] = add_square(sums[m], prox_point<true, Rule, Elementwise>(a, j + m, k, s));
+    sums[m] = add_square(sums[m], prox_point<Rule, Elementwise>(a, j + m, k, s));
   }
   for (int m = 0; m < kLanes; ++m) lanes[m] = sums[m];
 }
@@ -94,41 +94,25 @@ BREGMAN_LOOP void advance_rows(const Arrays<C> a, int64_t stride, int64_t n, con
     double sum = sums[j];
     for (int r = 0; r < kRows; ++r) {
       C s[kMaxSlots];
-      sum = add_square(sum, prox_point<true, Rule, Elementwise>(a, r * stride + j, k, s));
+      sum = add_square(sum, prox_point<Rule, Elementwise>(a, r * stride + j, k, s));
     }
     sums[j] = sum;
   }
 }
 
-// Second visit of n neighbours: shrink by the groups' factors, and finish; returns how many are non-zero.
-template <class Rule, class Elementwise, class C>
-BREGMAN_LOOP int32_t finish_block(const Arrays<C> a, int64_t n, const Step<C>& step, const C* __restrict__ factors) {
+// The same for half-space steps, where a column has two sums.
+template <class Rule, class C>
+BREGMAN_LOOP void advance_pairs(const Arrays<C> a, int64_t rows, int64_t stride, int64_t n, const Step<C>& step,
+                                double* __restrict__ squares, double* __restrict__ products) {
   const auto k = step.template of<Rule>();
-  int32_t count = 0;
-#pragma GCC ivdep
-  for (int64_t j = 0; j < n; ++j) {
-    C s[kMaxSlots];
-    const C q = prox_point<false, Rule, Elementwise>(a, j, k, s);
-    count += finish_element(a, j, k, q * factors[j], s);
-  }
-  return count;
-}
-
-// Advances the state of `rows` rows of n columns and writes their points, and their prox scales where these differ; or,
-// once that is done, writes them again. kSquares: adds the squares of the old parameters to those of each column, in type
-// C: a search begins there.
-template <bool kAdvance, bool kSquares, class Rule, class C>
-BREGMAN_LOOP void make_points(const Arrays<C> a, int64_t rows, int64_t stride, int64_t n, const Step<C>& step,
-                                 C* __restrict__ z, C* __restrict__ scales, C* __restrict__ squares) {
-  const auto k = step.template of<Rule>();
-  for (int64_t r = 0; r < rows; ++r, z += n, scales += n) {
+  for (int64_t r = 0; r < rows; ++r) {
 #pragma GCC ivdep
     for (int64_t j = 0; j < n; ++j) {
       C s[kMaxSlots];
-      const Point<C> p = point_of<kAdvance>(a, r * stride + j, k, s);
-      z[j] = p.z;
-      if constexpr (kPaired<Rule>) scales[j] = p.scale;
-      if constexpr (kSquares) squares[j] += a.param[r * stride + j] * a.param[r * stride + j];
+      const Point<C> p = point_of<true>(a, r * stride + j, k, s);
+      const Sums terms = half_space_terms(p.z, p.scale);
+      squares[j] += terms.a;
+      products[j] += terms.b;
     }
   }
 }
@@ -139,6 +123,40 @@ BREGMAN_HD C group_prox(C z, C scale, C number) {
   if constexpr (Rule::kMetric) return shrink_weighted(z, scale, number);
   else if constexpr (Rule::kHalfSpace) return half_space(z, scale, number);
   else return z * number;
+}
+
+// Second visit of n neighbours: their prox points, by what is known of their groups, and the rest; returns how many are
+// non-zero.
+template <class Rule, class Elementwise, class C>
+BREGMAN_LOOP int32_t finish_block(const Arrays<C> a, int64_t n, const Step<C>& step, const C* __restrict__ numbers) {
+  const auto k = step.template of<Rule>();
+  int32_t count = 0;
+#pragma GCC ivdep
+  for (int64_t j = 0; j < n; ++j) {
+    C s[kMaxSlots];
+    const Point<C> p = point_of<false>(a, j, k, s);
+    const C q = Elementwise::prox(p.z, p.scale, k.elementwise);
+    count += finish_element(a, j, k, group_prox<Rule>(q, p.scale, numbers[j]), s);
+  }
+  return count;
+}
+
+// Advances the state of `rows` rows of n columns and writes their points, and their prox scales where these differ.
+// kSquares: adds the squares of the old parameters to those of each column, in type C: a search begins there.
+template <bool kSquares, class Rule, class C>
+BREGMAN_LOOP void advance_points(const Arrays<C> a, int64_t rows, int64_t stride, int64_t n, const Step<C>& step,
+                                 C* __restrict__ z, C* __restrict__ scales, C* __restrict__ squares) {
+  const auto k = step.template of<Rule>();
+  for (int64_t r = 0; r < rows; ++r, z += n, scales += n) {
+#pragma GCC ivdep
+    for (int64_t j = 0; j < n; ++j) {
+      C s[kMaxSlots];
+      const Point<C> p = point_of<true>(a, r * stride + j, k, s);
+      z[j] = p.z;
+      if constexpr (kPaired<Rule>) scales[j] = p.scale;
+      if constexpr (kSquares) squares[j] += a.param[r * stride + j] * a.param[r * stride + j];
+    }
+  }
 }
 
 // The new parameters from n points, as they are or with the prox of their groups; returns how many are non-zero.
@@ -158,26 +176,29 @@ BREGMAN_LOOP int32_t finish_points(const Arrays<C> a, int64_t n, const Step<C>& 
   return count;
 }
 
-// The loops of a rule with an elementwise penalty; null are those for groups where points are kept.
+// The loops of a rule with an elementwise penalty; null are those for groups that it does not need.
 template <class C>
 struct FusedLoops {
   int32_t (*separable_block)(Arrays<C>, int64_t, const Step<C>&);
   void (*advance_run)(Arrays<C>, int64_t, const Step<C>&, double*);
   void (*advance_row)(Arrays<C>, int64_t, int64_t, const Step<C>&, double*);
   void (*advance_four)(Arrays<C>, int64_t, int64_t, const Step<C>&, double*);  // or null: too many streams to foresee
+  void (*advance_pairs)(Arrays<C>, int64_t, int64_t, int64_t, const Step<C>&, double*, double*);
   int32_t (*finish_block)(Arrays<C>, int64_t, const Step<C>&, const C*);
 };
 template <class Rule, class Elementwise, class C>
 constexpr FusedLoops<C> fused_loops() {
-  if constexpr (kPaired<Rule>) {
-    return {separable_block<Rule, Elementwise, C>, nullptr, nullptr, nullptr, nullptr};
-  } else {
-    FusedLoops<C> loops{separable_block<Rule, Elementwise, C>, advance_run<Rule, Elementwise, C>,
-                        advance_rows<1, Rule, Elementwise, C>, nullptr, finish_block<Rule, Elementwise, C>};
+  FusedLoops<C> loops{};
+  loops.separable_block = separable_block<Rule, Elementwise, C>;
+  if constexpr (!Rule::kMetric) loops.finish_block = finish_block<Rule, Elementwise, C>;
+  if constexpr (Rule::kHalfSpace) loops.advance_pairs = advance_pairs<Rule, C>;
+  if constexpr (!kPaired<Rule>) {
+    loops.advance_run = advance_run<Rule, Elementwise, C>;
+    loops.advance_row = advance_rows<1, Rule, Elementwise, C>;
     if constexpr (Rule::kReadsParam + Rule::kStateSlots == 1)
       loops.advance_four = advance_rows<4, Rule, Elementwise, C>;
-    return loops;
   }
+  return loops;
 }
 
 template <class C>
@@ -185,10 +206,8 @@ struct Loops {
   int slots, fixed;
   bool reads_param, late, metric, half_space;  // what the rule says of itself
   void (*prepare)(const StepArgs&, Step<C>&);
-  using MakePoints = void (*)(Arrays<C>, int64_t, int64_t, int64_t, const Step<C>&, C*, C*, C*);
-  MakePoints advance_points;
-  MakePoints advance_squares;  // in a metric
-  MakePoints repeat_points;    // of half-space steps
+  void (*advance_points)(Arrays<C>, int64_t, int64_t, int64_t, const Step<C>&, C*, C*, C*);
+  void (*advance_squares)(Arrays<C>, int64_t, int64_t, int64_t, const Step<C>&, C*, C*, C*);  // in a metric
   int32_t (*finish_points)(Arrays<C>, int64_t, const Step<C>&, const C*, const C*, const C*);
   int32_t (*finish_groups)(Arrays<C>, int64_t, const Step<C>&, const C*, const C*, const C*);
   FusedLoops<C> none, l1;
@@ -223,10 +242,9 @@ template <class Rule, class C>
 constexpr Loops<C> loops() {
   static_assert(Rule::kStateSlots <= 3 && Rule::kStateSlots + Rule::kReadsParam <= kMaxSlots);  // arrays.h, plan.h
   Loops<C> all{Rule::kStateSlots, Rule::kFixedSlots, Rule::kReadsParam, Rule::kLate, Rule::kMetric, Rule::kHalfSpace,
-               prepare<Rule, C>, make_points<true, false, Rule, C>, nullptr, nullptr, finish_points<false, Rule, C>,
+               prepare<Rule, C>, advance_points<false, Rule, C>, nullptr, finish_points<false, Rule, C>,
                finish_points<true, Rule, C>, fused_loops<Rule, NoPenalty, C>(), fused_loops<Rule, L1, C>()};
-  if constexpr (Rule::kMetric) all.advance_squares = make_points<true, true, Rule, C>;
-  if constexpr (Rule::kHalfSpace) all.repeat_points = make_points<false, false, Rule, C>;
+  if constexpr (Rule::kMetric) all.advance_squares = advance_points<true, Rule, C>;
   return all;
 }
 template <class C>

@@ -12,13 +12,13 @@ struct Rows {
   int64_t at(int64_t base, int64_t r) const { return base + (r / inner) * outer_stride + (r % inner) * inner_stride; }
 };
 
-// The points of rows of n columns, and their prox scales, by one of the rule's loops, for arrays of any dtype, masked or
-// not: those that a mask leaves out are zero. `squares`: what that loop adds for each column, if it does (loops.h).
+// The points of rows of n columns, and their prox scales, for arrays of any dtype, masked or not: those that a mask
+// leaves out are zero. Where a metric is to be searched, adds to the columns' sums of squares (loops.h).
 template <class T>
-void make_any(const Stored<T>& stored, int64_t base, const Rows& rows, int64_t n, const Step<compute_t<T>>& step,
-              typename Loops<compute_t<T>>::MakePoints make, compute_t<T>* z, compute_t<T>* scales,
-              compute_t<T>* squares = nullptr) {
+void advance_any(const Stored<T>& stored, int64_t base, const Rows& rows, int64_t n, const Step<compute_t<T>>& step,
+                 compute_t<T>* z, compute_t<T>* scales, compute_t<T>* squares = nullptr) {
   using C = compute_t<T>;
+  const auto advance = squares ? step.rule.advance_squares : step.rule.advance_points;
   const bool whole = !Stored<T>::kNarrow && stored.mask == nullptr;
   // Rows that lie side by side are converted at once.
   const int64_t most = whole ? rows.inner : rows.inner_stride == n ? std::max<int64_t>(1, kBuffer / n) : 1;
@@ -27,11 +27,11 @@ void make_any(const Stored<T>& stored, int64_t base, const Rows& rows, int64_t n
     const int64_t begin = rows.at(base, r);
     if constexpr (!Stored<T>::kNarrow)
       if (whole) {
-        make(stored.at(begin), count, rows.inner_stride, n, step, z, scales, squares);
+        advance(stored.at(begin), count, rows.inner_stride, n, step, z, scales, squares);
         continue;
       }
     auto run = [&](const Arrays<C>& a, int64_t j, int64_t m, const flag_t<C>* keep) {
-      make(a, count, n, m / count, step, z + j, scales + j, squares ? squares + j : nullptr);
+      advance(a, count, n, m / count, step, z + j, scales + j, squares ? squares + j : nullptr);
       if (keep == nullptr) return;
       clear_masked(z + j, m, keep);
       if (step.rule.paired()) clear_masked(scales + j, m, keep);
@@ -74,6 +74,18 @@ void prox_buffer(C* z, C* scales, int64_t n, const Step<C>& step) {
   }
 }
 
+template <class C>
+BREGMAN_LOOP void add_products(const C* __restrict__ z, const C* __restrict__ p, int64_t rows, int64_t columns,
+                               double* __restrict__ squares, double* __restrict__ products) {
+  for (int64_t r = 0; r < rows; ++r, z += columns, p += columns) {
+#pragma GCC ivdep
+    for (int64_t j = 0; j < columns; ++j) {
+      const Sums terms = half_space_terms(z[j], p[j]);
+      squares[j] += terms.a;
+      products[j] += terms.b;
+    }
+  }
+}
 template <class C>
 BREGMAN_LOOP void add_squares(const C* __restrict__ z, int64_t rows, int64_t columns, double* __restrict__ sums) {
   for (int64_t r = 0; r < rows; ++r, z += columns) {

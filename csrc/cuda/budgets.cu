@@ -25,7 +25,7 @@ __device__ __forceinline__ S sum_of_block(S sum) {
   return sum;
 }
 
-template <int kSums>
+template <bool kHalfSpace>
 __global__ void __launch_bounds__(kThreads) budget_kernel(const char* device_plan) {
   const PlanView plan{global(device_plan)};
   const Budget budget = plan.budgets()[blockIdx.x];
@@ -34,10 +34,10 @@ __global__ void __launch_bounds__(kThreads) budget_kernel(const char* device_pla
       const TensorRecord& record = plan.records()[tensor];
       if (record.numel == 0) continue;
       const double decay = global(plan.sharing())[tensor].decay;
-      const double* sums = global(plan.numbers(record));
+      const double* squares = global(plan.group_numbers(record));
       const int64_t groups = record.layout.groups();
       for (int64_t g = int64_t(threadIdx.x); g < groups; g += kThreads)
-        sum = plus(sum, f(rise_of<kSums>(sums + g * kSums, decay)));
+        sum = plus(sum, f(rise_of<kHalfSpace>(squares[g], decay)));
     }
     return sum_of_block(sum);
   });
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kThreads) budget_kernel(const char* device_pla
 
 cudaError_t share_budgets(const PlanView& plan, const void* device_plan, cudaStream_t stream) {
   const dim3 blocks(unsigned(plan.header().budgets));
-  const auto kernel = plan.header().budget_sums == 1 ? budget_kernel<1> : budget_kernel<2>;
+  const auto kernel = plan.header().group_sums == 2 ? budget_kernel<true> : budget_kernel<false>;
   return launch(kernel, blocks, dim3(kThreads), 0, stream, static_cast<const char*>(device_plan));
 }
 

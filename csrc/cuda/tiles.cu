@@ -200,7 +200,9 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<Rule, T, kShared>)
   const int most = int(plan.header().panel);
   const int panel_size = fits ? int(tile.elements()) : alone ? most / V * V : int(most - most % tile.columns());
   C* const scales = z + panel_size;
-  auto sums_of = [&](int g) { return global(plan.numbers(part.t)) + (item.begin + g) * kBudgetSums<Rule>; };
+  auto sum_of = [&](int which, int g) -> double& {  // that a group with a budget leaves
+    return global(plan.group_numbers(part.t))[which * part.t.layout.groups() + item.begin + g];
+  };
 
   // Calls f(width, j) for this thread's elements of a panel, `width` from j on. Element j is the same thread's in every
   // panel, whatever its size: nobody waits before the next one takes its place.
@@ -234,10 +236,10 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<Rule, T, kShared>)
     if constexpr (Rule::kMetric) arrays.norm[g] = 0, arrays.factor[g] = 0, arrays.search[g] = Search::begun;
     if constexpr (kShared)
       if (second) {
-        const Sharing sharing = global(plan.sharing())[item.tensor];
-        if constexpr (Rule::kHalfSpace)
-          arrays.factor[g] = envelope_pull(sums_of(g), sharing.decay, sharing.eta, k.h.lr, k.h.epsilon);
-        else arrays.factor[g] = C(envelope_factor(sums_of(g), sharing.decay, sharing.eta));
+        const auto [decay, eta] = global(plan.sharing())[item.tensor];
+        const double squares = sum_of(0, g);
+        if constexpr (!Rule::kHalfSpace) arrays.factor[g] = C(envelope_factor(squares, decay, eta));
+        else arrays.factor[g] = half_space_pull({squares, sum_of(1, g)}, envelope_rate(squares, decay, eta), k.h.lr, k.h.epsilon);
       }
   }
   __syncthreads();
@@ -346,9 +348,8 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<Rule, T, kShared>)
     for (int g = int(threadIdx.x); g < tile.groups; g += kThreads) {
       const S sum = arrays.sum[g];
       if constexpr (kShared) {
-        double* to = sums_of(g);
-        if constexpr (Rule::kHalfSpace) to[0] = sum.a, to[1] = sum.b;
-        else to[0] = sum;
+        if constexpr (Rule::kHalfSpace) sum_of(0, g) = sum.a, sum_of(1, g) = sum.b;
+        else sum_of(0, g) = sum;
       } else if constexpr (Rule::kHalfSpace) {
         const double rate = half_space_rate(square_root(sum.a), straight, line, k.radial, C(part.t.weight));
         arrays.factor[g] = half_space_pull(sum, rate, k.h.lr, k.h.epsilon);
@@ -405,7 +406,7 @@ cudaError_t step_tiles(const PlanView& plan, const void* device_plan, const void
       const size_t points = size_t(plan.header().scratch_elements) * (1 + kPaired<Rule>);
       const size_t bytes = sizeof(GroupArrays<Rule, C>) + points * sizeof(C);
       return for_launches<Rule, C>(plan, device_plan, grads, args, counts, [&](const auto& kernel_args, dim3 blocks) {
-        if constexpr (kBudgetSums<Rule> > 0)  // the others know no budgets
+        if constexpr (kGroupSums<Rule> > 0)  // the others know no budgets
           if (plan.header().budgets)
             return launch(tile_kernel<Rule, T, true>, blocks, dim3(kThreads), bytes, stream, kernel_args);
         return launch(tile_kernel<Rule, T, false>, blocks, dim3(kThreads), bytes, stream, kernel_args);

@@ -35,24 +35,23 @@ struct Rise {
 
   BREGMAN_HD double share(double eta) const { return alive ? clamp(eta * slope - offset, 0.0, 1.0) : 0; }  // not inf * 0
 };
-// That of a group with these sums, of two kinds: its squared norm and, `kSums` = 2, what a half-space step adds up.
-template <int kSums>
-BREGMAN_HD Rise rise_of(const double* sums, double decay) {
-  const double size = finite_norm(square_root(sums[0]));
-  return {size * square_root(decay), kSums == 1 ? decay : 0, size > 0};
+// That of a group with this squared norm: in a prox, or in a half-space step.
+template <bool kHalfSpace>
+BREGMAN_HD Rise rise_of(double squares, double decay) {
+  const double norm = square_root(squares);
+  return {finite_norm(norm * square_root(decay)), kHalfSpace ? 0 : decay, norm > 0};
 }
 
 // What the prox leaves of a group.
-BREGMAN_HD double envelope_factor(const double* sums, double decay, double eta) {
-  if (sums[0] != sums[0]) return sums[0];
-  const double u = rise_of<1>(sums, decay).share(eta);
+BREGMAN_HD double envelope_factor(double squares, double decay, double eta) {
+  if (squares != squares) return squares;
+  const double u = rise_of<false>(squares, decay).share(eta);
   return decay == 0 ? 1 : u / (u + decay);
 }
-// The pull of a half-space step.
-template <class C>
-BREGMAN_HD C envelope_pull(const double* sums, double decay, double eta, C lr, C epsilon) {
-  const double rate = decay == 0 ? 0 : decay / rise_of<2>(sums, decay).share(eta);
-  return half_space_pull(Sums{sums[0], sums[1]}, sums[0] != sums[0] ? sums[0] : rate, lr, epsilon);
+// phi'(t) / t, for the half-space step.
+BREGMAN_HD double envelope_rate(double squares, double decay, double eta) {
+  if (squares != squares) return squares;
+  return decay == 0 ? 0 : decay / rise_of<true>(squares, decay).share(eta);
 }
 
 // The eta at which the shares sum to k; infinite where at most k groups are non-zero.

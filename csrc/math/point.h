@@ -22,9 +22,9 @@ struct Rule {
 template <class R>
 constexpr bool kPaired = R::kMetric || R::kHalfSpace;
 
-// Sums that a group with a budget leaves: its squared norm, and in a half-space step one more; in a metric there are none.
+// Sums that the step of a group is made of: its squared norm, and in a half-space step one more; in a metric they differ.
 template <class R>
-constexpr int kBudgetSums = R::kMetric ? 0 : 1 + R::kHalfSpace;
+constexpr int kGroupSums = R::kMetric ? 0 : 1 + R::kHalfSpace;
 
 template <class C>
 struct Point {

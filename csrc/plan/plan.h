@@ -28,6 +28,9 @@ struct TensorRecord {
   Divider by_row, by_inner, by_columns[2];
 };
 
+BREGMAN_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+BREGMAN_HD int64_t strips_of(const TensorRecord& record) { return ceil_div(record.layout.rows(), record.strip_rows); }
+
 // The groups of tensors [first_tensor, end_tensor) share k.
 struct Budget {
   int64_t k;
@@ -58,7 +61,7 @@ struct PlanHeader {
   int64_t tile_groups;        // the most groups of a tile
   int64_t tile_capacity;      // elements that a worker can hold at once
   int64_t panel;              // elements that it takes at a time of a tile with more
-  int64_t budgets, budget_sums;  // the second: that each group leaves
+  int64_t budgets, group_sums;
   int64_t record_offset, item_offset, budget_offset, shape_offset;
   int64_t written_offset;  // of what steps with budgets or strips write: each tensor's sharing, its numbers
 };
@@ -99,9 +102,15 @@ struct PlanView {
   BREGMAN_HD Sharing* sharing() const {
     return reinterpret_cast<Sharing*>(const_cast<char*>(base) + header().written_offset);
   }
-  // With a budget: the sums of each group. In strips: a sum for each column of each strip, then the factor of each group.
+  // In strips: the sums of each column of each strip.
   BREGMAN_HD double* numbers(const TensorRecord& record) const {
     return reinterpret_cast<double*>(sharing() + header().tensors) + record.first_number;
+  }
+  // Behind them, with a budget or in strips: the sums of each group, the first of all groups and then the second; or its
+  // factor.
+  BREGMAN_HD double* group_numbers(const TensorRecord& record) const {
+    const int64_t strips = record.strip_rows ? strips_of(record) : 0;
+    return numbers(record) + strips * record.layout.g2 * record.layout.r2 * header().group_sums;
   }
   // Per tensor: offset of its entry, which holds ndim, sizes and strides.
   BREGMAN_HD const int64_t* shape(int64_t tensor) const {
@@ -109,10 +118,6 @@ struct PlanView {
     return table + table[tensor];
   }
 };
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-inline int64_t strips_of(const TensorRecord& record) { return ceil_div(record.layout.rows(), record.strip_rows); }
 
 // Groups per tile: enough to fill it and to read whole memory lines, never more than there are. `share` are the elements
 // of a plan for one worker.
@@ -179,7 +184,7 @@ inline void cut(const TensorSpec& spec, TensorRecord& record, int32_t index, con
 
 // Throws std::invalid_argument where kernels cannot serve a tensor.
 inline std::vector<char> make_plan(const std::vector<TensorSpec>& specs, int rule, DType dtype, int slots,
-                                   const Tuning& tuning, int budget_sums = 1) {
+                                   const Tuning& tuning, int group_sums = 1) {
   PlanHeader header{};
   std::vector<TensorRecord> records;
   std::vector<Item> items, strips;
@@ -213,10 +218,10 @@ inline std::vector<char> make_plan(const std::vector<TensorSpec>& specs, int rul
       if (spec.budget > 0) budgets.push_back({spec.budget, int32_t(i), int32_t(i)});
       budgets.back().end_tensor = int32_t(i + 1);
     }
-    if (record.numel && spec.group_dims >= 0 && !spec.budget) record.strip_rows = rows_per_strip(layout, tuning);
+    if (record.numel && spec.group_dims >= 0) record.strip_rows = rows_per_strip(layout, tuning);
     record.first_number = numbers;
-    if (record.strip_rows) numbers += strips_of(record) * layout.g2 * layout.r2 + layout.g2;
-    else if (spec.budget && record.numel) numbers += layout.groups() * budget_sums;
+    if (record.strip_rows) numbers += strips_of(record) * layout.g2 * layout.r2 * group_sums;
+    if ((record.strip_rows || spec.budget) && record.numel) numbers += layout.groups() * group_sums;
     if (!spec.budget != !specs[0].budget) throw std::invalid_argument("all tensors share budgets, or none");
     cut(spec, record, int32_t(i), tuning, header, share, items, strips);
     records.push_back(record);
@@ -233,7 +238,7 @@ inline std::vector<char> make_plan(const std::vector<TensorSpec>& specs, int rul
   header.items = int64_t(items.size());
   header.strips = int64_t(strips.size());
   header.budgets = int64_t(budgets.size());
-  header.budget_sums = budget_sums;
+  header.group_sums = group_sums;
   header.tile_capacity = tuning.capacity;
   header.panel = tuning.panel;
   header.record_offset = sizeof(PlanHeader);

@@ -27,7 +27,7 @@ Plan plan_cpu(const Tensors params, const Tensors state, const Tensors masks, co
   // A gradient counts with a dual, too: it passes through L2.
   const RuleTraits traits = rule_traits(rule, false);
   const int64_t arrays = traits.reads_param ? 2 + int64_t(state.size() / params.size()) : 2;
-  const bool strips = !traits.paired;
+  const bool strips = traits.group_sums > 0;
   return plan_tensors(params, state, masks, addresses, group_dims, weights, budgets, rule,
                       cpu_tuning(arrays * std::max<int64_t>(4, params[0].element_size()), strips));
 }

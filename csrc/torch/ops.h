@@ -87,7 +87,7 @@ inline DType dtype_of(const Tensor& t) {
 struct RuleTraits {
   size_t slots;  // state tensors, a 16-bit parameter's master included
   bool reads_param, paired;
-  int budget_sums;  // 0: it knows no budgets
+  int group_sums;  // 0: it knows no budgets, nor strips
 };
 
 inline RuleTraits rule_traits(int64_t rule, bool sixteen_bits) {
@@ -95,7 +95,7 @@ inline RuleTraits rule_traits(int64_t rule, bool sixteen_bits) {
 #define X(Functor, name) \
   if (rule == id++) \
     return {Functor::kStateSlots + size_t(Functor::kReadsParam && sixteen_bits), Functor::kReadsParam, kPaired<Functor>, \
-            kBudgetSums<Functor>};
+            kGroupSums<Functor>};
   BREGMAN_RULES(X)
 #undef X
   STD_TORCH_CHECK(false, "rule ", rule, " is not one of the ", id, " compiled rules");
@@ -145,11 +145,11 @@ inline Plan plan_tensors(const Tensors& params, const Tensors& state, const Tens
     }
     specs.push_back(std::move(spec));
   }
-  STD_TORCH_CHECK(traits.budget_sums || std::all_of(budgets.begin(), budgets.end(), [](int64_t k) { return k == 0; }),
+  STD_TORCH_CHECK(traits.group_sums || std::all_of(budgets.begin(), budgets.end(), [](int64_t k) { return k == 0; }),
                   "rule ", rule, " knows no shared budgets");
   std::vector<char> plan;
   try {
-    plan = make_plan(specs, int(rule), dtype, int(slots), tuning, traits.budget_sums);
+    plan = make_plan(specs, int(rule), dtype, int(slots), tuning, traits.group_sums);
   } catch (const std::invalid_argument& error) {
     STD_TORCH_CHECK(false, error.what());
   }

@@ -96,7 +96,7 @@ double random_scalar() { return double(1 + g_random() % 7) / 8; }
 struct RuleNeeds {
   int id, slots, hypers;
   bool reads_param, paired, half_space;
-  int budget_sums;
+  int group_sums;
   const char* name;
 };
 
@@ -231,16 +231,15 @@ template <class Rule> void oracle(TestTensor& t, const Step& step) {
       }
       const double decay = budget_decay(1, step.radial, t.spec.weight);
       std::vector<Rise> rises;
-      for (int64_t g = 0; t.spec.budget && g < t.numel; ++g) rises.push_back(rise_of<2>(sums[g].data(), decay));
+      for (int64_t g = 0; t.spec.budget && g < t.numel; ++g) rises.push_back(rise_of<true>(sums[g][0], decay));
       const double eta = bisected_eta(rises, double(t.spec.budget));
       double size = 0;
       for (int64_t i = 0; i < t.numel; ++i) size = std::max(size, t.error_scale[i]);
       for (int64_t i = 0; i < t.numel; ++i) {
         const auto [squares, along] = sums[group[i]];
-        const double rate = half_space_rate(square_root(squares), straight, line, step.radial, t.spec.weight);
-        const double pull = t.spec.budget ? envelope_pull(sums[group[i]].data(), decay, eta, h.lr, h.epsilon)
-                                          : half_space_pull({squares, along}, rate, h.lr, h.epsilon);
-        q[i] = half_space(q[i], scales[i], pull);
+        const double rate = t.spec.budget ? envelope_rate(squares, decay, eta)
+                                          : half_space_rate(square_root(squares), straight, line, step.radial, t.spec.weight);
+        q[i] = half_space(q[i], scales[i], half_space_pull({squares, along}, rate, h.lr, h.epsilon));
         if (t.spec.budget) t.error_scale[i] = size;
       }
     } else if constexpr (Rule::kMetric) {
@@ -262,12 +261,12 @@ template <class Rule> void oracle(TestTensor& t, const Step& step) {
     } else if (t.spec.budget) {
       const double decay = budget_decay(uniform_scale<Rule, double>(h), step.radial, t.spec.weight);
       std::vector<Rise> rises;
-      for (int64_t g = 0; g < t.numel; ++g) rises.push_back(rise_of<1>(&squares[g], decay));
+      for (int64_t g = 0; g < t.numel; ++g) rises.push_back(rise_of<false>(squares[g], decay));
       const double eta = bisected_eta(rises, double(t.spec.budget));
       double size = 0;
       for (int64_t i = 0; i < t.numel; ++i) size = std::max(size, t.error_scale[i]);
       for (int64_t i = 0; i < t.numel; ++i) {
-        q[i] *= envelope_factor(&squares[group[i]], decay, eta);
+        q[i] *= envelope_factor(squares[group[i]], decay, eta);
         t.error_scale[i] = size;
       }
     } else {
@@ -342,7 +341,7 @@ void run_round(const Driver& driver, const RuleNeeds& rule, DType dtype, bool gr
                void (*oracle)(TestTensor&, const Step&)) {
   Step step = random_step(rule, grouped);
   const bool specials = g_random() % 4 == 0, counting = g_random() % 4 != 0;
-  const bool budgets = grouped && rule.budget_sums && g_random() % 3 == 0;
+  const bool budgets = grouped && rule.group_sums && g_random() % 3 == 0;
   if (budgets) step.elementwise.kind = step.radial.kind = int(PenaltyKind::none);
   std::vector<TestTensor> tensors;
   std::vector<TensorSpec> specs;
@@ -356,7 +355,7 @@ void run_round(const Driver& driver, const RuleNeeds& rule, DType dtype, bool gr
   }
   const int slots = int(tensors[0].state.size());
   const Tuning tuning = driver.tuning(int64_t(size_of(dtype)), int64_t(size_of(wide(dtype))) * (1 + rule.paired));
-  std::vector<char> memory = make_plan(specs, rule.id, dtype, slots, tuning, rule.budget_sums);
+  std::vector<char> memory = make_plan(specs, rule.id, dtype, slots, tuning, rule.group_sums);
   const PlanView plan{memory.data()};
   const Buffer counts(sizeof(int32_t), 2 * plan.header().items, 0);
   const bool skip = step.scalars[0] != 0, live = skip || g_random() % 2;  // who has the scalars on the host skips there
@@ -380,7 +379,7 @@ void run_round(const Driver& driver, const RuleNeeds& rule, DType dtype, bool gr
 
 template <class Rule> void run_rule(const Driver& driver, int id, const char* name, int rounds) {
   const RuleNeeds rule{id, Rule::kStateSlots, sizeof(typename Rule::template Hyper<double>) / sizeof(double),
-                       Rule::kReadsParam, kPaired<Rule>, Rule::kHalfSpace, kBudgetSums<Rule>, name};
+                       Rule::kReadsParam, kPaired<Rule>, Rule::kHalfSpace, kGroupSums<Rule>, name};
   for (int round = 0; round < rounds; ++round)
     for (bool grouped : {false, true})
       for (DType dtype : {DType::f32, DType::f64, DType::bf16, DType::fp16})

@@ -31,7 +31,7 @@ void check_tensor(const PlanView& plan, int tensor, const TensorSpec& spec, cons
     if (record.strip_rows) {
       const GroupLayout& g = record.layout;
       const int64_t columns = g.g2 * g.r2, rows = g.rows();
-      CHECK(columns <= tuning.strip_columns && spec.budget == 0 && g.g0 * g.g1 == 1 && rows * columns > tuning.strided_tile);
+      CHECK(columns <= tuning.strip_columns && g.g0 * g.g1 == 1 && rows * columns > tuning.strided_tile);
       CHECK(item.begin % record.strip_rows == 0 && item.count == std::min(record.strip_rows, rows - item.begin));
       CHECK(record.strip_rows < rows && record.strip_rows >= tuning.strip_rows);
       CHECK((record.strip_rows - 1) * columns < std::max(tuning.strided_tile, tuning.strip_rows * columns));
@@ -84,14 +84,15 @@ void check_numbers(const PlanView& plan, const std::vector<TensorSpec>& specs) {
     if (record.strip_rows) {
       const int64_t count = ceil_div(g.rows(), record.strip_rows);
       strips += count;
-      numbers += count * g.g2 * g.r2 + g.g2;
+      numbers += count * g.g2 * g.r2 * header.group_sums;
     }
+    CHECK(plan.group_numbers(record) == plan.numbers(record) + (numbers - record.first_number), "tensor %zu", t);
+    if (record.strip_rows || specs[t].budget) numbers += record.numel ? g.groups() * header.group_sums : 0;
     if (specs[t].budget == 0) continue;
     budget += specs[t].budget > 0;
     const Budget& mine = plan.budgets()[budget];
     CHECK(mine.first_tensor <= int(t) && int(t) < mine.end_tensor, "tensor %zu is not in budget %ld", t, long(budget));
     CHECK(specs[t].budget < 0 || (mine.first_tensor == int(t) && mine.k == specs[t].budget));
-    numbers += record.numel ? g.groups() * header.budget_sums : 0;
   }
   CHECK(header.budgets == budget + 1, "%ld budgets instead of %ld", long(header.budgets), long(budget + 1));
   CHECK(header.strips == strips, "%ld strips instead of %ld", long(header.strips), long(strips));
@@ -113,7 +114,7 @@ void check_random_plans() {
     const PlanView plan{copy.data()};
     const PlanHeader& header = plan.header();
     CHECK(header.bytes == int64_t(copy.size()) && header.tensors == int64_t(specs.size()));
-    CHECK(header.rule == 2 && header.dtype == int32_t(DType::bf16) && header.slots == 2 && header.budget_sums == sums);
+    CHECK(header.rule == 2 && header.dtype == int32_t(DType::bf16) && header.slots == 2 && header.group_sums == sums);
     int64_t elements = 0;
     for (size_t t = 0; t < specs.size(); ++t) {
       check_tensor(plan, int(t), specs[t], tuning);
