@@ -194,12 +194,10 @@ struct Groups : TileOf<T> {
   // What the last visit asks to know of groups, their factors or pulls, from their sums; second ones lie `stride` behind.
   void find_numbers(int64_t count, const double* sums, int64_t stride, C* found) const {
     if (many == 2) {
-      Line<C> line{};
-      const bool straight = line_of(step.radial, C(t.weight), false, line);
       for (int64_t m = 0; m < count; ++m) {
         const double squares = sums[m];
         const double rate = sharing ? envelope_rate(squares, sharing->decay, sharing->eta)
-                                    : half_space_rate(square_root(squares), straight, line, step.radial, C(t.weight));
+                                    : half_space_rate(square_root(squares), step.radial, C(t.weight));
         found[m] = half_space_pull({squares, sums[stride + m]}, rate, step.lr, step.epsilon);
       }
     } else if (sharing) {

@@ -225,9 +225,8 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<Rule, T, kShared>)
   };
 
   Line<C> line{};
-  bool straight = true;
-  if constexpr (kPair) straight = line_of(k.radial, C(part.t.weight), Rule::kMetric, line);
-  const bool curved = Rule::kMetric && !straight;
+  bool curved = false;
+  if constexpr (Rule::kMetric) curved = !line_of(k.radial, C(part.t.weight), true, line);
   // Passes that sum over groups. The first of a root search sums the squares of the old parameter.
   const int sums = !Rule::kMetric ? 1 : curved ? kCurvePasses : kRootSteps + 1;
   const bool second = kShared && args.phase == Phase::scale;
@@ -351,7 +350,7 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<Rule, T, kShared>)
         if constexpr (Rule::kHalfSpace) sum_of(0, g) = sum.a, sum_of(1, g) = sum.b;
         else sum_of(0, g) = sum;
       } else if constexpr (Rule::kHalfSpace) {
-        const double rate = half_space_rate(square_root(sum.a), straight, line, k.radial, C(part.t.weight));
+        const double rate = half_space_rate(square_root(sum.a), k.radial, C(part.t.weight));
         arrays.factor[g] = half_space_pull(sum, rate, k.h.lr, k.h.epsilon);
       } else if constexpr (Rule::kMetric) {
         const double before = double(C(arrays.norm[g]));

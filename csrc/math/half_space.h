@@ -13,10 +13,12 @@ BREGMAN_HD Sums half_space_terms(C z, C p) {
   return {double(p) * double(p), double(z) * double(p)};
 }
 
-// phi'(t) / t at t > 0, the norm of a group of this weight: from the penalty's line, if it is straight, or its curve.
+// phi'(t) / t at t > 0, the norm of a group of this weight: from the penalty's line, if it has one, or from its curve.
 template <class C>
-BREGMAN_HD double half_space_rate(double norm, bool straight, const Line<C>& line, const Penalty<C>& k, C weight) {
-  if (!straight) return norm != norm ? norm : curve_of(k, weight, norm).ratio;
+BREGMAN_HD double half_space_rate(double norm, const Penalty<C>& k, C weight) {
+  Line<C> line{};
+  if (!line_of({k.kind, varying(k.a, C(norm)), varying(k.b, C(norm))}, weight, false, line))
+    return norm != norm ? norm : curve_of(k, weight, norm).ratio;
   const double slope = double(line.level) - double(line.slope) * norm;
   return (slope > 0 ? slope : 0) / norm;
 }

@@ -222,8 +222,6 @@ template <class Rule> void oracle(TestTensor& t, const Step& step) {
     for (int64_t i = 0; i < t.numel; ++i) squares[group[i]] += q[i] * q[i], sizes[group[i]] += t.error_scale[i];
     for (int64_t i = 0; i < t.numel; ++i) t.error_scale[i] = sizes[group[i]];
     if constexpr (Rule::kHalfSpace) {
-      Line<double> line{};
-      const bool straight = line_of(step.radial, t.spec.weight, false, line);
       std::vector<std::array<double, 2>> sums(t.numel);
       for (int64_t i = 0; i < t.numel; ++i) {
         const Sums one = half_space_terms(q[i], scales[i]);
@@ -238,7 +236,7 @@ template <class Rule> void oracle(TestTensor& t, const Step& step) {
       for (int64_t i = 0; i < t.numel; ++i) {
         const auto [squares, along] = sums[group[i]];
         const double rate = t.spec.budget ? envelope_rate(squares, decay, eta)
-                                          : half_space_rate(square_root(squares), straight, line, step.radial, t.spec.weight);
+                                          : half_space_rate(square_root(squares), step.radial, t.spec.weight);
         q[i] = half_space(q[i], scales[i], half_space_pull({squares, along}, rate, h.lr, h.epsilon));
         if (t.spec.budget) t.error_scale[i] = size;
       }
