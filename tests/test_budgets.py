@@ -65,12 +65,12 @@ def test_every_rule(kernel_driver, rule, dtype):
 
 @pytest.mark.parametrize("kernel_driver", ["cpu"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("scope", ["tensor", "all"])
-@pytest.mark.parametrize("rule", ["linbreg", "proxsgd_momentum", "hspg"])
+@pytest.mark.parametrize(
+    ("rule", "scope"),
+    [(rule, "tensor") for rule in ("linbreg", "proxsgd_momentum", "hspg")] + [(rule, "all") for rule in TOGETHER],
+)
 def test_strips(kernel_driver, rule, scope, dtype):
     """Groups that run through all rows of a large tensor: strips of rows leave the sums of their columns."""
-    if scope == "all" and rule == "linbreg":
-        pytest.skip("a dual serves no k for all tensors")
     shapes = [(611, 307), (9, 5), (130, 40, 6, 6), (2050, 96), (200, 5, 160)]
     layouts = ["contiguous", "contiguous", "channels_last"]
     reg = lambda: GroupEnvelope(0.3, 4 if scope == "tensor" else 40, "in", scope=scope)  # noqa: E731
@@ -79,6 +79,16 @@ def test_strips(kernel_driver, rule, scope, dtype):
         check(problem)
     ((_, bucket),) = run(problem, fused=True).optimizer._buckets()
     assert int(bucket.plan.view(torch.int64)[5]) >= 2 * 3, "no strips"  # PlanHeader::strips; three tensors or more
+
+
+@pytest.mark.parametrize("kernel_driver", ["cpu"], indirect=True)
+def test_groups_in_strips_whose_squares_underflow_are_counted(kernel_driver):
+    p = torch.nn.Parameter(torch.zeros(5000, 40, dtype=torch.float64))
+    p.data[:, 3], p.data[:, 5], p.grad = 1e-170, 1.0, torch.zeros_like(p)
+    optimizer = LinBreg([p], lr=0.1, reg=GroupEnvelope(0.0, 2, "in"), fused=True, count_nonzeros=True)
+    optimizer.step()
+    [row] = optimizer.density().rows
+    assert (row.nonzeros, row.nonzero_groups) == (10000, 2)
 
 
 @st.composite

@@ -315,6 +315,14 @@ struct Groups : TileOf<T> {
     return nonzeros;
   }
 
+  // What was found of `count` groups from number `first` on, from what strips or phases left.
+  C* numbers_of(int64_t first, int64_t count) const {
+    C* number = scratch.template get<C>(2, count);
+    if (sharing) find_numbers(count, group_sums + first, groups, number);
+    else for (int64_t m = 0; m < count; ++m) number[m] = C(group_sums[first + m]);
+    return number;
+  }
+
   // A strip: its sums; its share of the groups' sums over all strips, and without a budget what follows from them; the
   // rest of its own rows.
   int32_t run_strip(int64_t strip) const {
@@ -323,7 +331,6 @@ struct Groups : TileOf<T> {
       advance_tile(base, columns, column_sums + strip * many * columns);
       return 0;
     }
-    C* number = scratch.template get<C>(2, groups);
     if (phase == Phase::sum_strips) {
       const Share part(t, strip);
       double* sums = scratch.template get<double>(0, part.count * row);
@@ -335,24 +342,24 @@ struct Groups : TileOf<T> {
         sum_rows(sums, row, part.count, sharing ? group_sums + i * groups + part.begin : totals + i * part.count);
       }
       if (sharing) return 0;
+      C* number = scratch.template get<C>(2, part.count);
       find_numbers(part.count, totals, part.count, number);
       for (int64_t m = 0; m < part.count; ++m) group_sums[part.begin + m] = double(number[m]);
       return 0;
     }
-    if (sharing) find_numbers(groups, group_sums, groups, number);
-    else for (int64_t m = 0; m < groups; ++m) number[m] = C(group_sums[m]);
     C* spread_number = scratch.template get<C>(3, columns + kSpread);
-    spread(number, row, groups, spread_number);
+    spread(numbers_of(0, groups), row, groups, spread_number);
     return finish(base, columns, spread_number, 0);
   }
 
   // The non-zero ones of a strip's share of the groups, row by row of the tensor.
   int32_t count_alive(int64_t strip) const {
     const Share part(t, strip);
+    const C* number = numbers_of(part.begin, part.count);
     char* zero = scratch.template get<char>(0, part.count);  // as far as is known
     int64_t left = 0, alive = 0;
     for (int64_t m = 0; m < part.count; ++m)
-      left += zero[m] = step.rule.reads_param || group_sums[part.begin + m] != 0;
+      left += zero[m] = step.rule.reads_param || number[m] != C(0);
     for (int64_t r = 0; r < t.layout.rows() && alive < left; ++r) {
       const T* cells = stored.param + r * row_stride + part.begin * row;
       for (int64_t m = 0; m < part.count; ++m)

@@ -204,7 +204,7 @@ constexpr FusedLoops<C> fused_loops() {
 template <class C>
 struct Loops {
   int slots, fixed;
-  bool reads_param, late, metric, half_space;  // what the rule says of itself
+  bool reads_param, late, metric, paired;  // what the rule says of itself
   void (*prepare)(const StepArgs&, Step<C>&);
   void (*advance_points)(Arrays<C>, int64_t, int64_t, int64_t, const Step<C>&, C*, C*, C*);
   void (*advance_squares)(Arrays<C>, int64_t, int64_t, int64_t, const Step<C>&, C*, C*, C*);  // in a metric
@@ -212,7 +212,6 @@ struct Loops {
   int32_t (*finish_groups)(Arrays<C>, int64_t, const Step<C>&, const C*, const C*, const C*);
   FusedLoops<C> none, l1;
 
-  bool paired() const { return metric || half_space; }
   // Those with a penalty, if they are there.
   const FusedLoops<C>* fused(int elementwise) const {
     switch (PenaltyKind(elementwise)) {
@@ -241,7 +240,7 @@ Step<C>::Step(const Loops<C>& rule, const StepArgs& args) : rule(rule), scale(0)
 template <class Rule, class C>
 constexpr Loops<C> loops() {
   static_assert(Rule::kStateSlots <= 3 && Rule::kStateSlots + Rule::kReadsParam <= kMaxSlots);  // arrays.h, plan.h
-  Loops<C> all{Rule::kStateSlots, Rule::kFixedSlots, Rule::kReadsParam, Rule::kLate, Rule::kMetric, Rule::kHalfSpace,
+  Loops<C> all{Rule::kStateSlots, Rule::kFixedSlots, Rule::kReadsParam, Rule::kLate, Rule::kMetric, kPaired<Rule>,
                prepare<Rule, C>, advance_points<false, Rule, C>, nullptr, finish_points<false, Rule, C>,
                finish_points<true, Rule, C>, fused_loops<Rule, NoPenalty, C>(), fused_loops<Rule, L1, C>()};
   if constexpr (Rule::kMetric) all.advance_squares = advance_points<true, Rule, C>;

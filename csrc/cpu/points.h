@@ -34,7 +34,7 @@ void advance_any(const Stored<T>& stored, int64_t base, const Rows& rows, int64_
       advance(a, count, n, m / count, step, z + j, scales + j, squares ? squares + j : nullptr);
       if (keep == nullptr) return;
       clear_masked(z + j, m, keep);
-      if (step.rule.paired()) clear_masked(scales + j, m, keep);
+      if (step.rule.paired) clear_masked(scales + j, m, keep);
     };
     stored.advance(begin, count * n, run, /*reads_param=*/squares != nullptr);
   }
