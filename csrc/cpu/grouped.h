@@ -175,7 +175,7 @@ struct Groups : TileOf<T> {
       Base::scratch, Base::step, Base::stored, Base::t;
   const FusedLoops<C>& loops;
   const C scale;
-  const int64_t many;  // sums of each group: all first ones, then all second ones
+  const int64_t per_group;  // sums, 1 or 2: the first ones of all groups lie together, then the second ones
   const bool stream;
   const Phase phase;
   double* const column_sums;  // where strips leave those of their columns
@@ -186,14 +186,14 @@ struct Groups : TileOf<T> {
   Groups(const PlanView& plan, const Item& item, const void* grad, const Step<C>& step, const FusedLoops<C>& loops,
          Phase phase)
       : Base(plan.records()[item.tensor], grad, step, plan.records()[item.tensor].strip_rows ? item.count : 0),
-        loops(loops), scale(step.scale * C(t.weight)), many(plan.header().group_sums),
+        loops(loops), scale(step.scale * C(t.weight)), per_group(plan.header().group_sums),
         stream(streams<T>(plan, t, step.rule)), phase(phase), column_sums(plan.numbers(t)),
         group_sums(plan.group_numbers(t)), groups(t.layout.groups()),
         sharing(plan.header().budgets ? plan.sharing() + item.tensor : nullptr) {}
 
   // What the last visit asks to know of groups, their factors or pulls, from their sums; second ones lie `stride` behind.
   void find_numbers(int64_t count, const double* sums, int64_t stride, C* found) const {
-    if (many == 2) {
+    if (per_group == 2) {
       for (int64_t m = 0; m < count; ++m) {
         const double squares = sums[m];
         const double rate = sharing ? envelope_rate(squares, sharing->decay, sharing->eta)
@@ -221,14 +221,14 @@ struct Groups : TileOf<T> {
   }
   // Second sums lie `stride` behind the first ones.
   void add_terms(const C* z, const C* old, int64_t count, int64_t n, double* sums, int64_t stride) const {
-    if (many == 2) add_products(z, old, count, n, sums, sums + stride);
+    if (per_group == 2) add_products(z, old, count, n, sums, sums + stride);
     else add_squares(z, count, n, sums);
   }
 
   void advance_one(int64_t begin, int64_t n, double* lanes) const {
     if (t.mask == nullptr)
       return stored.advance(begin, n, [&](const Arrays<C>& a, int64_t, int64_t m, auto) {
-        if (many == 1) return loops.advance_run(a, m, step, lanes);
+        if (per_group == 1) return loops.advance_run(a, m, step, lanes);
         const int64_t count = m / kLanes, whole = count * kLanes;
         loops.advance_pairs(a, count, kLanes, kLanes, step, lanes, lanes + kLanes);
         loops.advance_pairs(a.from(whole), 1, 0, m - whole, step, lanes, lanes + kLanes);
@@ -240,7 +240,7 @@ struct Groups : TileOf<T> {
     });
   }
   void advance_tile(int64_t base, int64_t n, double* sums) const {
-    std::fill_n(sums, many * n, 0.0);
+    std::fill_n(sums, per_group * n, 0.0);
     if (t.mask == nullptr) return advance_columns(stored, base, all_rows(), n, step, loops, sums);
     for (int64_t r = 0; r < rows; ++r)
       masked_points(offset(base, r), n, [&](const C* z, const C* old, int64_t j, int64_t m) {
@@ -271,10 +271,10 @@ struct Groups : TileOf<T> {
       double totals[2] = {};
       if (phase != Phase::scale) {
         advance_one(base, row, lanes);
-        for (int64_t i = 0; i < many; ++i) totals[i] = sum_lanes(lanes + i * kLanes);
+        for (int64_t i = 0; i < per_group; ++i) totals[i] = sum_lanes(lanes + i * kLanes);
       }
       if (phase == Phase::norms) {
-        for (int64_t i = 0; i < many; ++i) group_sums[i * groups + first + m] = totals[i];
+        for (int64_t i = 0; i < per_group; ++i) group_sums[i * groups + first + m] = totals[i];
         continue;
       }
       C number;
@@ -296,12 +296,12 @@ struct Groups : TileOf<T> {
     C* number = scratch.template get<C>(2, count);
     C* spread_number = row == 1 ? number : scratch.template get<C>(3, columns + kSpread);
     const bool kept = phase != Phase::whole;  // sums, from one visit to the next
-    double* totals = kept ? group_sums + first : scratch.template get<double>(1, many * count);
+    double* totals = kept ? group_sums + first : scratch.template get<double>(1, per_group * count);
     const int64_t stride = kept ? groups : count;
     if (phase != Phase::scale) {
-      double* sums = scratch.template get<double>(0, many * columns);
+      double* sums = scratch.template get<double>(0, per_group * columns);
       advance_tile(base, columns, sums);
-      for (int64_t i = 0; i < many; ++i) sum_rows(sums + i * columns, row, count, totals + i * stride);
+      for (int64_t i = 0; i < per_group; ++i) sum_rows(sums + i * columns, row, count, totals + i * stride);
       if (phase == Phase::norms) return 0;
     }
     find_numbers(count, totals, stride, number);
@@ -328,17 +328,17 @@ struct Groups : TileOf<T> {
   int32_t run_strip(int64_t strip) const {
     const int64_t columns = row_stride, base = strip * t.strip_rows * columns;
     if (phase == Phase::whole || phase == Phase::norms) {
-      advance_tile(base, columns, column_sums + strip * many * columns);
+      advance_tile(base, columns, column_sums + strip * per_group * columns);
       return 0;
     }
     if (phase == Phase::sum_strips) {
       const Share part(t, strip);
       double* sums = scratch.template get<double>(0, part.count * row);
-      double* totals = scratch.template get<double>(1, many * part.count);
-      for (int64_t i = 0; i < many; ++i) {
+      double* totals = scratch.template get<double>(1, per_group * part.count);
+      for (int64_t i = 0; i < per_group; ++i) {
         std::fill_n(sums, part.count * row, 0.0);
         for (int64_t s = 0; s < strips_of(t); ++s)
-          add_numbers(column_sums + (s * many + i) * columns + part.begin * row, part.count * row, sums);
+          add_numbers(column_sums + (s * per_group + i) * columns + part.begin * row, part.count * row, sums);
         sum_rows(sums, row, part.count, sharing ? group_sums + i * groups + part.begin : totals + i * part.count);
       }
       if (sharing) return 0;
@@ -401,7 +401,8 @@ void run_grouped(const PlanView& plan, const Item& item, const void* grad, const
   const Groups<T> groups(plan, item, grad, step, loops, phase);
   const int64_t strip_rows = groups.t.strip_rows;
   if (phase == Phase::norms && item.begin == 0)  // one of the tensor's items says it for all
-    plan.sharing()[item.tensor].decay = budget_decay(groups.many == 2 ? 1 : double(step.scale), step.radial, groups.t.weight);
+    plan.sharing()[item.tensor].decay =
+        budget_decay(groups.per_group == 2 ? 1 : double(step.scale), step.radial, groups.t.weight);
   if (strip_rows == 0) {
     run_tile(groups, item, counts);
   } else if (phase == Phase::count_strips) {

@@ -238,7 +238,9 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<Rule, T, kShared>)
         const auto [decay, eta] = global(plan.sharing())[item.tensor];
         const double squares = sum_of(0, g);
         if constexpr (!Rule::kHalfSpace) arrays.factor[g] = C(envelope_factor(squares, decay, eta));
-        else arrays.factor[g] = half_space_pull({squares, sum_of(1, g)}, envelope_rate(squares, decay, eta), k.h.lr, k.h.epsilon);
+        else
+          arrays.factor[g] =
+              half_space_pull({squares, sum_of(1, g)}, envelope_rate(squares, decay, eta), k.h.lr, k.h.epsilon);
       }
   }
   __syncthreads();
