@@ -56,12 +56,7 @@ def constant(rule: str, name: str) -> int:
 
 
 # Walker, rule and dtype of every kernel.
-SHARING = [rule for rule in RULES if not constant(rule, "kMetric")]
-KEYS = [
-    *itertools.product(("separable", "tile"), RULES, PACKS),
-    *itertools.product(("shared",), SHARING, PACKS),
-    ("budget", "-", "-"),
-]
+KEYS = [*itertools.product(("separable", "tile"), RULES, PACKS), ("budget", "-", "-")]
 
 
 def demangled(names: list[str]) -> list[str]:
@@ -135,8 +130,7 @@ def read_kernels(folder: Path) -> list[Kernel]:
     kernels = []
     names = demangled([report[0] for report in reports])
     for (symbol, arch, stack, stores, loads, registers), name in zip(reports, names, strict=True):
-        walker, rule, dtype, shared = re.search(r"(\w+)_kernel(?:<(\w+), (\w+)(?:, (true|false))?>)?", name).groups("-")
-        walker = "shared" if shared == "true" else walker
+        walker, rule, dtype = re.search(r"(\w+)_kernel(?:<(\w+), (\w+)>)?", name).groups("-")
         spills = int(stores) + int(loads)
         arch = f"{arch[:-1]}.{arch[-1]}"
         kernels.append(Kernel(arch, walker, rule, dtype, int(registers), int(stack), spills, memory[symbol]))
@@ -210,6 +204,7 @@ def test_the_ptx_reader_sees_generic_and_narrow_accesses() -> None:
 COMMON = ("NoPenalty", "L1")  # the elementwise penalties that rules are compiled with
 HALF_SPACE = tuple(rule for rule in RULES if constant(rule, "kHalfSpace"))
 TWICE = tuple(rule for rule in RULES if not constant(rule, "kMetric"))  # rules whose group loops recompute points
+BUFFERED = tuple(rule for rule in RULES if rule not in HALF_SPACE)  # rules that may finish from points in a buffer
 PLAIN = tuple(rule for rule in TWICE if rule not in HALF_SPACE)
 METRIC = tuple(rule for rule in RULES if constant(rule, "kMetric"))
 LATE = {rule for rule in RULES if constant(rule, "kLate")}
@@ -226,7 +221,7 @@ FUNCTIONS = {
     "advance_pairs": ("loops.h", HALF_SPACE, COMPUTE),
     "finish_block": ("loops.h", TWICE, COMMON, COMPUTE),
     "advance_points": ("loops.h", ("false", "true"), RULES, COMPUTE),
-    "finish_points": ("loops.h", ("false", "true"), RULES, COMPUTE),
+    "finish_points": ("loops.h", ("false", "true"), BUFFERED, COMPUTE),
     "prox_points": ("points.h", PENALTIES[1:], COMPUTE),
     "prox_each": ("points.h", PENALTIES[1:] if METRIC else (), COMPUTE),
     "add_squares": ("points.h", COMPUTE),
@@ -244,6 +239,8 @@ def is_missing(function: str, instance: tuple[str, ...]) -> bool:
         return instance[0] != "1" and instance[1] not in ONE_ARRAY
     if function == "advance_points":
         return instance[1] in LATE if instance[0] == "false" else instance[1] not in METRIC
+    if instance[0] in HALF_SPACE:
+        return "L1" in instance  # they take no penalty on elements
     return function == "advance_run" and instance[0] in LATE and "L1" not in instance
 
 

@@ -97,6 +97,8 @@ def check_changed_options(optimizer: SparseOptimizer, number: int, group: dict[s
 def check_params(optimizer: SparseOptimizer, group: dict[str, Any]) -> None:
     """Refuse parameters that cannot be trained, or not with the group's regularizer; the options have been checked."""
     owner, reg = type(optimizer).__name__, group["reg"]
+    if reg is not None and (why := reg.why_no_prox()):
+        raise ValueError(f"{owner}: {why}")
     if reg is not None and optimizer._rule(group).metric and (why := reg.why_not_weighted()):
         raise ValueError(f"{owner}: every weight has a step size of its own here, and {why}")
     for index, param in enumerate(group["params"]):

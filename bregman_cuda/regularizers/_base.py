@@ -2,7 +2,8 @@
 
 Every regularizer here is  J(x) = sum_i phi(x_i) + sum_G w_G psi(||x_G||_2)  with scalar penalties phi and psi.
 Its prox is the scalar prox of phi followed by the radial prox of psi, so a penalty is written once and serves
-elements and groups alike. The kernels apply exactly this composition (csrc/math/penalties, csrc/math/radial.h).
+elements and groups alike. The kernels apply exactly this composition (csrc/math/penalties, csrc/math/radial.h). Where
+both are there, phi has to be homogeneous (`Regularizer.why_no_prox`).
 """
 
 from __future__ import annotations
@@ -196,9 +197,11 @@ class Regularizer:
                 argmin_z  J(z) + sum_i (z_i - x_i)^2 / (2 step_i), the prox in a diagonal metric.
 
         Raises:
-            ValueError: steps per element, and a penalty on group norms whose prox is not known then; or a tensor lam
-                that turned NaN or negative.
+            ValueError: a penalty whose prox is not known (`why_no_prox`), or not with steps per element; or a tensor
+                lam that turned NaN or negative.
         """
+        if why := self.why_no_prox():
+            raise ValueError(f"prox: {why}")
         self._per_element(x, step)
         self.check_tensors()
         if torch.is_tensor(factor := self.nan_or_one()):
@@ -214,25 +217,25 @@ class Regularizer:
             raise ValueError(f"prox: with a step size for each element, {why}")
         return not why  # a single element has a single step size
 
+    def why_no_prox(self) -> str:
+        """Empty, or why the prox is not known: with phi below psi it is the prox of phi followed by that of the norm if
+        phi(t x) = t phi(x) for t >= 0. Its subgradients depend on signs alone then, which shrinking a group keeps.
+        """
+        if self.radial is None or self.elementwise is None or self.elementwise.homogeneous:
+            return ""
+        part = type(self.elementwise).__name__
+        return f"{type(self).__name__} has no known prox: {part} below group norms is not homogeneous"
+
     def why_not_weighted(self) -> str:
         """Empty, or why the prox with a step size for each element is not known.
 
         Separable penalties always have it. On group norms, those have whose slope is a line (`Separable.line`) or a
-        known curve (`Separable.curve`). With an elementwise phi below, it is the prox of phi followed by that of the
-        norm if phi(t x) = t phi(x) for t >= 0: phi's subgradients depend on signs alone then, which shrinking a group
-        keeps.
+        known curve (`Separable.curve`).
         """
-        if self.whole:
-            return f"{type(self).__name__} has no known prox: {self.whole}"
-        if self.radial is None:
-            return ""
-        for part, known, where in (
-            (self.radial, self.radial.in_metric(), "on group norms has no slope that is a line, nor a curve"),
-            (self.elementwise, getattr(self.elementwise, "homogeneous", True), "below group norms is not homogeneous"),
-        ):
-            if not known:
-                return f"{type(self).__name__} has no known prox: {type(part).__name__} {where}"
-        return ""
+        why = self.whole
+        if not why and self.radial is not None and not self.radial.in_metric():
+            why = f"{type(self.radial).__name__} on group norms has no slope that is a line, nor a curve"
+        return f"{type(self).__name__} has no known prox: {why}" if why else self.why_no_prox()
 
     def subgradient(self, x: Tensor) -> Tensor:
         """The element of smallest norm of the subdifferential of J at x (zero where x is zero)."""

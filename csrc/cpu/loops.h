@@ -170,7 +170,7 @@ BREGMAN_LOOP int32_t finish_points(const Arrays<C> a, int64_t n, const Step<C>& 
     C s[kMaxSlots];
     load_state<Rule>(a, j, s);
     C q = z[j];
-    if constexpr (kGroups) q = group_prox<Rule>(q, kPaired<Rule> ? scales[j] : C(0), numbers[j]);
+    if constexpr (kGroups) q = group_prox<Rule>(q, Rule::kMetric ? scales[j] : C(0), numbers[j]);
     count += finish_element(a, j, k, q, s);
   }
   return count;
@@ -240,9 +240,17 @@ Step<C>::Step(const Loops<C>& rule, const StepArgs& args) : rule(rule), scale(0)
 template <class Rule, class C>
 constexpr Loops<C> loops() {
   static_assert(Rule::kStateSlots <= 3 && Rule::kStateSlots + Rule::kReadsParam <= kMaxSlots);  // arrays.h, plan.h
-  Loops<C> all{Rule::kStateSlots, Rule::kFixedSlots, Rule::kReadsParam, Rule::kLate, Rule::kMetric, kPaired<Rule>,
-               prepare<Rule, C>, advance_points<false, Rule, C>, nullptr, finish_points<false, Rule, C>,
-               finish_points<true, Rule, C>, fused_loops<Rule, NoPenalty, C>(), fused_loops<Rule, L1, C>()};
+  Loops<C> all{};
+  all.slots = Rule::kStateSlots, all.fixed = Rule::kFixedSlots;
+  all.reads_param = Rule::kReadsParam, all.late = Rule::kLate, all.metric = Rule::kMetric, all.paired = kPaired<Rule>;
+  all.prepare = prepare<Rule, C>;
+  all.none = fused_loops<Rule, NoPenalty, C>();
+  all.advance_points = advance_points<false, Rule, C>;
+  if constexpr (!Rule::kHalfSpace) {  // no penalty on elements, and groups that make their points anew
+    all.l1 = fused_loops<Rule, L1, C>();
+    all.finish_points = finish_points<false, Rule, C>;
+    all.finish_groups = finish_points<true, Rule, C>;
+  }
   if constexpr (Rule::kMetric) all.advance_squares = advance_points<true, Rule, C>;
   return all;
 }

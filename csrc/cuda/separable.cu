@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     const int64_t i = item.begin + j;
     const uint32_t bits = tile.template keep<W>(i);
     typename Part::C q[W], scale[W];
-    tile.point(i, bits, k, true, true, q, scale);
+    tile.template point<false>(i, bits, k, true, true, q, scale);
     count += __popc(tile.finish(i, bits, k, q));
   };
   const int whole = tile.vectors ? item.count - item.count % V : 0;

@@ -168,18 +168,17 @@ __device__ __forceinline__ void add_panel(int size, const TileGeometry& tile, S*
 }
 
 // Blocks per multiprocessor that registers have to leave room for: the most without spills (sm_80, sm_90, nvcc 13.0).
-template <class Rule, class T, bool kShared>
-constexpr int kTileBlocks = sizeof(T) == 8 ? 1 : sizeof(T) == 4 && !kShared && !Rule::kMetric ? 3 : 2;
+template <class Rule, class T>
+constexpr int kTileBlocks = sizeof(T) == 8 ? 1 : sizeof(T) == 4 && !kPaired<Rule> ? 3 : 2;
 
-// kShared: one of the two visits of groups that share a budget; between them nothing stays on chip. Kernels of their own,
-// or every group kernel would pay for them in registers.
-template <class Rule, class T, bool kShared>
-__global__ void __launch_bounds__(kThreads, kTileBlocks<Rule, T, kShared>)
+// Groups that share a budget take it twice, once for each phase; between them nothing stays on chip.
+template <class Rule, class T>
+__global__ void __launch_bounds__(kThreads, kTileBlocks<Rule, T>)
     tile_kernel(const __grid_constant__ KernelArgs<Rule, compute_t<T>> args) {
   using Part = Tile<Rule, T>;
   using C = typename Part::C;
   constexpr int V = Part::V;
-  constexpr bool kPair = kPaired<Rule>;
+  constexpr bool kPair = kPaired<Rule>, kBudgets = kGroupSums<Rule> > 0;
   using S = sums_t<Rule>;
   using Shared = GroupArrays<Rule, C>;
   static_assert(sizeof(Shared) % 16 == 0);
@@ -229,11 +228,11 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<Rule, T, kShared>)
   if constexpr (Rule::kMetric) curved = !line_of(k.radial, C(part.t.weight), true, line);
   // Passes that sum over groups. The first of a root search sums the squares of the old parameter.
   const int sums = !Rule::kMetric ? 1 : curved ? kCurvePasses : kRootSteps + 1;
-  const bool second = kShared && args.phase == Phase::scale;
+  const bool first = kBudgets && args.phase == Phase::norms, second = kBudgets && args.phase == Phase::scale;
   for (int g = int(threadIdx.x); g < tile.groups; g += kThreads) {
     arrays.alive[g] = 0;
     if constexpr (Rule::kMetric) arrays.norm[g] = 0, arrays.factor[g] = 0, arrays.search[g] = Search::begun;
-    if constexpr (kShared)
+    if constexpr (kBudgets)
       if (second) {
         const auto [decay, eta] = global(plan.sharing())[item.tensor];
         const double squares = sum_of(0, g);
@@ -248,7 +247,7 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<Rule, T, kShared>)
   int count = 0;
   bool on_chip = false;
 #pragma unroll 1
-  for (int pass = second ? sums : 0; pass <= (kShared && !second ? 0 : sums); ++pass) {
+  for (int pass = second ? sums : 0; pass <= (first ? 0 : sums); ++pass) {
     const bool writes = pass == sums, begins = Rule::kMetric && !curved && pass == 0;
     auto root_of = [&](C x, C scale, int group) {
       return begins ? Moments<C>{x * x, 0, 0} : root_terms(x, scale, C(arrays.norm[group]), line);
@@ -288,7 +287,8 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<Rule, T, kShared>)
             }
             if (!at_once) return;
           }
-          part.point(i, part.template keep<W>(i), k, !second, !second && (kShared || fits || writes), points, scale);
+          part.template point<true>(i, part.template keep<W>(i), k, !second, !second && (first || fits || writes), points,
+                                    scale);
 #pragma unroll
           for (int m = 0; m < W; ++m) {
             z[j + m] = points[m];
@@ -348,10 +348,13 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<Rule, T, kShared>)
     }
     for (int g = int(threadIdx.x); g < tile.groups; g += kThreads) {
       const S sum = arrays.sum[g];
-      if constexpr (kShared) {
-        if constexpr (Rule::kHalfSpace) sum_of(0, g) = sum.a, sum_of(1, g) = sum.b;
-        else sum_of(0, g) = sum;
-      } else if constexpr (Rule::kHalfSpace) {
+      if constexpr (kBudgets)
+        if (first) {
+          if constexpr (Rule::kHalfSpace) sum_of(0, g) = sum.a, sum_of(1, g) = sum.b;
+          else sum_of(0, g) = sum;
+          continue;
+        }
+      if constexpr (Rule::kHalfSpace) {
         const double rate = half_space_rate(square_root(sum.a), k.radial, C(part.t.weight));
         arrays.factor[g] = half_space_pull(sum, rate, k.h.lr, k.h.epsilon);
       } else if constexpr (Rule::kMetric) {
@@ -377,7 +380,7 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<Rule, T, kShared>)
     // Where no group goes on, or no rho of type C has changed, neither will the next pass.
     if (Rule::kMetric && !arrays.moved[pass % 2] && pass + 1 < sums) pass = sums - 1 - curved;
   }
-  if (kShared && !second) {
+  if (first) {
     if (item.begin == 0 && threadIdx.x == 0) {
       double scale = 1;
       if constexpr (!kPair) scale = double(uniform_scale<Rule, C>(k.h));
@@ -407,10 +410,7 @@ cudaError_t step_tiles(const PlanView& plan, const void* device_plan, const void
       const size_t points = size_t(plan.header().scratch_elements) * (1 + kPaired<Rule>);
       const size_t bytes = sizeof(GroupArrays<Rule, C>) + points * sizeof(C);
       return for_launches<Rule, C>(plan, device_plan, grads, args, counts, [&](const auto& kernel_args, dim3 blocks) {
-        if constexpr (kGroupSums<Rule> > 0)  // the others know no budgets
-          if (plan.header().budgets)
-            return launch(tile_kernel<Rule, T, true>, blocks, dim3(kThreads), bytes, stream, kernel_args);
-        return launch(tile_kernel<Rule, T, false>, blocks, dim3(kThreads), bytes, stream, kernel_args);
+        return launch(tile_kernel<Rule, T>, blocks, dim3(kThreads), bytes, stream, kernel_args);
       });
     });
   });

@@ -140,7 +140,7 @@ struct Tile {
 
   // The point with the elementwise prox applied, and its prox scale. Without `advance` the state is the new one already;
   // it is stored when `commit`.
-  template <int W>
+  template <bool kBelowNorms, int W>
   __device__ __forceinline__ void point(int64_t i, uint32_t bits, const Scalars<Rule, C>& k, bool advance, bool commit,
                                         C (&z)[W], C (&scale)[W]) const {
     T g[W];
@@ -160,7 +160,8 @@ struct Tile {
       const Point<C> r = Rule::point(gradient, p[j], one, k.h);
       const bool kept = (bits >> j) & 1;
       scale[j] = kept ? r.scale : C(0);
-      z[j] = prox(kept ? r.z : C(0), scale[j], k.elementwise);
+      z[j] = kept ? r.z : C(0);
+      if constexpr (!Rule::kHalfSpace) z[j] = prox<kBelowNorms>(z[j], scale[j], k.elementwise);
 #pragma unroll
       for (int m = 0; m < kSlots; ++m) s[m][j] = kept ? one[m] : C(0);
     }

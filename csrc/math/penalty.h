@@ -11,6 +11,11 @@ struct Penalty {
   C a, b;
 };
 
+// Whether phi(t x) = t phi(x) for t >= 0, which a functor says by a member of this name. Such a penalty may stand below
+// group norms: its prox followed by that of the norm is the prox of both.
+template <class Functor>
+constexpr bool kHomogeneous = requires { requires Functor::kHomogeneous; };
+
 // phi'(t) = level - slope t for t > 0, of penalties that are so: they have group proxes in a diagonal metric (weighted.h).
 template <class C>
 struct Line {

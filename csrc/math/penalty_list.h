@@ -30,8 +30,20 @@ enum class PenaltyKind : int {
 #undef X
 };
 
-// The prox chosen at run time: uniform over a CUDA launch, once per group on the CPU.
-template <class C>
+inline bool is_homogeneous(int kind) {
+  switch (PenaltyKind(kind)) {
+#define X(Functor, name) \
+  case PenaltyKind::name: \
+    return kHomogeneous<Functor>;
+    BREGMAN_PENALTIES(X)
+#undef X
+  }
+  return false;
+}
+
+// The prox chosen at run time: uniform over a CUDA launch, once per group on the CPU. kBelowNorms: among the penalties
+// that may stand there.
+template <bool kBelowNorms = false, class C>
 BREGMAN_HD C prox(C x, C scale, Penalty<C> k) {
   scale = varying(scale, x);
   k.a = varying(k.a, x);
@@ -39,7 +51,8 @@ BREGMAN_HD C prox(C x, C scale, Penalty<C> k) {
   switch (PenaltyKind(k.kind)) {
 #define X(Functor, name) \
   case PenaltyKind::name: \
-    return Functor::template prox<C>(x, scale, k);
+    if constexpr (!kBelowNorms || kHomogeneous<Functor>) return Functor::template prox<C>(x, scale, k); \
+    break;
     BREGMAN_PENALTIES(X)
 #undef X
   }

@@ -193,14 +193,21 @@ inline bool check_grads(const PlanView& plan, const Tensors& grads, const Tensor
 inline StepArgs check_step(const PlanView& plan, const Tensor& counts, const std::vector<int64_t>& kinds,
                            const std::vector<double>& scalars, const Tensor& live) {
   size_t hypers = 0;
+  bool half_space = false;
   int64_t id = 0;
 #define X(Functor, name) \
-  if (plan.header().rule == id++) hypers = sizeof(Functor::Hyper<double>) / sizeof(double);
+  if (plan.header().rule == id++) \
+    hypers = sizeof(Functor::Hyper<double>) / sizeof(double), half_space = Functor::kHalfSpace;
   BREGMAN_RULES(X)
 #undef X
   const size_t wanted = 2 + hypers + 4;
   STD_TORCH_CHECK(kinds.size() == 3 && kinds[0] == plan.header().rule, "kinds must be [rule, elementwise, radial], with "
                   "the plan's rule ", plan.header().rule);
+  STD_TORCH_CHECK(kinds[1] == int(PenaltyKind::none) ||
+                      !(half_space || (plan.header().grouped && !is_homogeneous(int(kinds[1])))),
+                  half_space ? "half-space steps take no penalty on elements"
+                             : "below group norms stand penalties with phi(t x) = t phi(x) only",
+                  ", got kind ", kinds[1]);
   STD_TORCH_CHECK(scalars.size() == wanted || (scalars.empty() && size_t(live.numel()) == wanted &&
                                                live.scalar_type() == ScalarType::Double && live.is_contiguous()),
                   "expected ", wanted, " scalars, as numbers or as a float64 tensor, got ", scalars.size(), " and ",

@@ -172,7 +172,8 @@ Step random_step(const RuleNeeds& rule, bool grouped) {
   step.scalars.push_back(g_random() % 16 == 0);  // skip
   for (int i = 0; i < 1 + rule.hypers + 4; ++i) step.scalars.push_back(random_scalar());
   const double* last = &step.scalars[2 + rule.hypers];
-  step.elementwise = {random_penalty(), last[0], last[1]};
+  do step.elementwise = {random_penalty(), last[0], last[1]};
+  while (grouped && !is_homogeneous(step.elementwise.kind));
   step.radial = {grouped ? random_penalty() : 0, last[2], last[3]};
   Line<double> line;
   if (rule.paired && !line_of(step.radial, 1.0, !rule.half_space, line)) step.radial.kind = int(PenaltyKind::l1);

@@ -7,6 +7,7 @@ BREGMAN_BEGIN
 
 struct NoPenalty {
   static constexpr const char* kParameterNames = "";
+  static constexpr bool kHomogeneous = true;
 
   template <class C>
   BREGMAN_HD static C prox(C x, C, const Penalty<C>&) {

@@ -7,6 +7,7 @@ BREGMAN_BEGIN
 
 struct NonnegL1 {
   static constexpr const char* kParameterNames = "lam";
+  static constexpr bool kHomogeneous = true;
 
   template <class C>
   BREGMAN_HD static C prox(C x, C scale, const Penalty<C>& k) {
