@@ -14,6 +14,7 @@ import torch
 from bregman_cuda import (
     L1,
     RAMDA,
+    ElasticNet,
     GroupEnvelope,
     GroupL0,
     GroupLasso,
@@ -342,3 +343,30 @@ def test_a_mask_hides_a_nan_gradient_from_the_rest_of_its_group(driver, optimize
         sides.append(p.detach())
     assert bool((sides[0] != 0).any())
     assert torch.equal(*sides)
+
+
+class Sparse(GroupLasso):
+    """With a penalty on elements whose prox, followed by that of the norms, is not the prox of both."""
+
+    elementwise = property(lambda self: ElasticNet(self.lam, 1.0))
+
+
+@pytest.mark.parametrize("make", [ProxSGD, ProxAdam])
+def test_a_penalty_below_norms_has_to_be_homogeneous(kernel_driver, monkeypatch, make):
+    wanted = "Sparse has no known prox: ElasticNet below group norms is not homogeneous"
+    p = torch.nn.Parameter(torch.ones(2, 3))
+    p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match=wanted):
+        Sparse(0.1).prox(p.detach(), 0.5)
+    with pytest.raises(ValueError, match=f"{make.__name__}: .*{wanted}"):
+        make([p], reg=Sparse(0.1))
+    # The kernels know no such pair either.
+    optimizer = make([p], lr=0.1, reg=SparseGroupLasso(0.1), fused=True)
+    optimizer.step()
+    ((_, bucket),) = optimizer._buckets()
+    before, (rule, _, radial) = p.detach().clone(), bucket.kernels.kinds(bucket.rule, SparseGroupLasso(0.1))
+    other = bucket.kernels.penalties["elastic_net"][0]
+    monkeypatch.setattr(bucket.kernels, "kinds", lambda *_: [rule, other, radial])
+    with pytest.raises(RuntimeError, match=f"below group norms stand penalties with .* got kind {other}"):
+        optimizer.step()
+    assert torch.equal(p, before)

@@ -13,7 +13,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   const PlanView plan{global(args.plan)};
   const int index = args.first_item + int(blockIdx.x);
   const Item item = plan.items()[index];
-  const Part tile(plan.records()[item.tensor], args.grads[item.tensor - args.first_tensor]);
+  const Part tile(plan.records()[item.tensor], args.grads[item.tensor - args.first_tensor], args.brain);
   int count = 0;
   auto step = [&](auto width, int j) {
     constexpr int W = width.value;

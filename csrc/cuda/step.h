@@ -6,8 +6,8 @@
 
 namespace bregman {
 
-// One launch for all tensors of a plan (one per kMaxGrads tensors beyond that), three where groups share budgets. `plan` is in host memory,
-// `device_plan` its copy on the device, `counts` two ints per item on the device, or null.
+// One launch for all tensors of a plan (one per kMaxGrads tensors beyond that), three where groups share budgets. `plan` is
+// in host memory, `device_plan` its copy on the device, `counts` two ints per item on the device, or null.
 cudaError_t step_cuda(const PlanView& plan, const void* device_plan, const void* const* grads, const StepArgs& args,
                       int32_t* counts, cudaStream_t stream);
 

@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<Rule, T>)
   const PlanView plan{global(args.plan)};
   const int index = args.first_item + int(blockIdx.x);
   const Item item = plan.items()[index];
-  const Part part(plan.records()[item.tensor], args.grads[item.tensor - args.first_tensor]);
+  const Part part(plan.records()[item.tensor], args.grads[item.tensor - args.first_tensor], args.brain);
   const TileGeometry tile(part.t, item);
   const bool wide = part.vectors && tile.vectors(V), alone = tile.groups == 1;
   const bool fits = tile.elements() <= plan.header().tile_capacity;

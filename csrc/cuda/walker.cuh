@@ -20,6 +20,7 @@ struct KernelArgs {
   Scalars<Rule, C> k;
   int32_t first_item, first_tensor;
   Phase phase;
+  bool brain;  // of bits16: that they are bf16
   const void* grads[kMaxGrads];
 };
 
@@ -62,9 +63,10 @@ struct Tile {
   const T* grad;
   bool vectors;       // parameter and state lie at 16-byte boundaries
   bool grad_vectors;  // so does the gradient (a view into a communication bucket may not)
+  bool brain;
 
-  __device__ __forceinline__ Tile(const TensorRecord& record, const void* grads)
-      : t(record), grad(global(static_cast<const T*>(grads))), grad_vectors(is_aligned(grads)) {
+  __device__ __forceinline__ Tile(const TensorRecord& record, const void* grads, bool brain)
+      : t(record), grad(global(static_cast<const T*>(grads))), grad_vectors(is_aligned(grads)), brain(brain) {
     vectors = is_aligned(t.param);
     for (int m = 0; m < kSlots + kMaster; ++m) vectors = vectors && is_aligned(t.state[m]);
   }
@@ -101,6 +103,34 @@ struct Tile {
     }
   }
 
+  // Parameters and gradients in the compute type, and back.
+  template <int W>
+  __device__ __forceinline__ void load_stored(const T* p, int64_t i, bool wide, C (&out)[W]) const {
+    T raw[W];
+    load(p, i, wide, raw);
+    if constexpr (std::is_same_v<T, bits16>) {
+      if (brain) for (int j = 0; j < W; ++j) out[j] = widen(bf16{raw[j].bits});
+      else for (int j = 0; j < W; ++j) out[j] = widen(fp16{raw[j].bits});
+    } else {
+#pragma unroll
+      for (int j = 0; j < W; ++j) out[j] = widen(raw[j]);
+    }
+  }
+  template <int W>
+  __device__ __forceinline__ void narrow_all(const C (&values)[W], T (&raw)[W]) const {
+    auto narrow_to = [&](auto stored) {
+#pragma unroll
+      for (int j = 0; j < W; ++j) {
+        narrow(values[j], stored);
+        if constexpr (std::is_same_v<T, bits16>) raw[j] = {stored.bits};
+        else raw[j] = stored;
+      }
+    };
+    if constexpr (!std::is_same_v<T, bits16>) narrow_to(T{});
+    else if (brain) narrow_to(bf16{});
+    else narrow_to(fp16{});
+  }
+
   __device__ __forceinline__ C* slot(int m) const { return global(static_cast<C*>(t.state[m])); }
   __device__ __forceinline__ T* param() const { return global(static_cast<T*>(t.param)); }
 
@@ -120,10 +150,7 @@ struct Tile {
     if constexpr (kMaster) {
       load(static_cast<const C*>(slot(kSlots)), i, true, out);
     } else {
-      T raw[W];
-      load(static_cast<const T*>(param()), i, true, raw);
-#pragma unroll
-      for (int j = 0; j < W; ++j) out[j] = widen(raw[j]);
+      load_stored(param(), i, true, out);
     }
   }
 
@@ -143,9 +170,8 @@ struct Tile {
   template <bool kBelowNorms, int W>
   __device__ __forceinline__ void point(int64_t i, uint32_t bits, const Scalars<Rule, C>& k, bool advance, bool commit,
                                         C (&z)[W], C (&scale)[W]) const {
-    T g[W];
-    C p[W], s[kMaxSlots][W];
-    load(grad, i, grad_vectors, g);
+    C g[W], p[W], s[kMaxSlots][W];
+    load_stored(grad, i, grad_vectors, g);
     load_param(i, p);
 #pragma unroll
     for (int m = 0; m < kSlots; ++m) load(static_cast<const C*>(slot(m)), i, true, s[m]);
@@ -154,7 +180,7 @@ struct Tile {
       C one[kMaxSlots];
 #pragma unroll
       for (int m = 0; m < kSlots; ++m) one[m] = s[m][j];
-      const C gradient = widen(g[j]) * k.grad_scale;
+      const C gradient = g[j] * k.grad_scale;
       if constexpr (!Rule::kLate)
         if (advance) Rule::update(gradient, p[j], one, k.h);
       const Point<C> r = Rule::point(gradient, p[j], one, k.h);
@@ -174,10 +200,10 @@ struct Tile {
   // The new parameter from the prox point; returns a bit per non-zero.
   template <int W>
   __device__ __forceinline__ uint32_t finish(int64_t i, uint32_t bits, const Scalars<Rule, C>& k, const C (&q)[W]) const {
-    C p[W], s[kMaxSlots][W], value[W];
-    T raw[W], g[W];
+    C p[W], g[W], s[kMaxSlots][W], value[W];
+    T raw[W];
     load_param(i, p);
-    if constexpr (Rule::kLate) load(grad, i, grad_vectors, g);
+    if constexpr (Rule::kLate) load_stored(grad, i, grad_vectors, g);
 #pragma unroll
     for (int m = 0; m < kSlots; ++m) load(static_cast<const C*>(slot(m)), i, true, s[m]);
     uint32_t alive = 0;
@@ -187,14 +213,16 @@ struct Tile {
 #pragma unroll
       for (int m = 0; m < kSlots; ++m) one[m] = s[m][j];
       const bool kept = (bits >> j) & 1;
-      const C gradient = Rule::kLate ? widen(g[j]) * k.grad_scale : C(0);
+      const C gradient = Rule::kLate ? g[j] * k.grad_scale : C(0);
       value[j] = finish_rule<Rule, C>(q[j], gradient, p[j], one, k.h);
       if (!kept) value[j] = C(0);
 #pragma unroll
       for (int m = 0; m < kSlots; ++m) s[m][j] = kept ? one[m] : C(0);
-      narrow(value[j], raw[j]);
-      if (nonzero(raw[j])) alive |= 1u << j;
     }
+    narrow_all(value, raw);
+#pragma unroll
+    for (int j = 0; j < W; ++j)
+      if (nonzero(raw[j])) alive |= 1u << j;
     if constexpr (Rule::kLate) {
 #pragma unroll
       for (int m = Rule::kFixedSlots; m < kSlots; ++m) store(slot(m), i, s[m]);
@@ -231,6 +259,7 @@ cudaError_t for_launches(const PlanView& plan, const void* device_plan, const vo
   kernel_args.counts = counts;
   kernel_args.live = args.on_device ? args.scalars : nullptr;
   kernel_args.phase = args.phase;
+  kernel_args.brain = DType(header.dtype) == DType::bf16;
   kernel_args.k = {};
   kernel_args.k.elementwise.kind = args.elementwise;
   kernel_args.k.radial.kind = args.radial;
@@ -257,8 +286,8 @@ cudaError_t visit_dtype(DType dtype, F f) {
   switch (dtype) {
     case DType::f32: return f(float{});
     case DType::f64: return f(double{});
-    case DType::bf16: return f(bf16{});
-    case DType::fp16: return f(fp16{});
+    case DType::bf16:
+    case DType::fp16: return f(bits16{});
   }
   return cudaErrorInvalidValue;
 }
@@ -280,7 +309,5 @@ cudaError_t step_separable(const PlanView& plan, const void* device_plan, const 
                            const StepArgs& args, int32_t* counts, cudaStream_t stream);
 cudaError_t step_tiles(const PlanView& plan, const void* device_plan, const void* const* grads, const StepArgs& args,
                        int32_t* counts, cudaStream_t stream);
-// Finds the shares that the budgets leave their groups, from the sums that these left.
-cudaError_t share_budgets(const PlanView& plan, const void* device_plan, cudaStream_t stream);
 
 }  // namespace bregman

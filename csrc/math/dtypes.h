@@ -16,6 +16,9 @@ struct bf16 {
 struct fp16 {
   uint16_t bits;
 };
+struct bits16 {  // either of them, which is said beside it: a CUDA kernel serves both
+  uint16_t bits;
+};
 
 template <class T>
 struct compute_type {
@@ -88,5 +91,6 @@ BREGMAN_HD bool nonzero(float x) { return !(x == 0.0f); }
 BREGMAN_HD bool nonzero(double x) { return !(x == 0.0); }
 BREGMAN_HD bool nonzero(bf16 x) { return (x.bits & 0x7fffu) != 0; }
 BREGMAN_HD bool nonzero(fp16 x) { return (x.bits & 0x7fffu) != 0; }
+BREGMAN_HD bool nonzero(bits16 x) { return (x.bits & 0x7fffu) != 0; }
 
 BREGMAN_END
