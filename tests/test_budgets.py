@@ -296,6 +296,17 @@ def test_threads_do_not_change_a_bit(kernel_driver, rule):
     assert all(map(torch.equal, one.params, two.params))
 
 
+@pytest.mark.parametrize("kernel_driver", ["cpu"], indirect=True)
+@pytest.mark.parametrize("rule", ["proxsgd", "hspg"])
+def test_more_groups_than_one_thread_adds_up(kernel_driver, rule):
+    """Sums of pieces, 16384 groups each, of two tensors."""
+    reg = lambda: GroupEnvelope(0.5, 30000, "kernel", scope="all")  # noqa: E731
+    problem = Problem(rule, reg, torch.float32, [(150, 230, 2), (9, 9, 3)], steps=2)
+    check(problem)
+    found = [run(problem, fused=True, threads=threads).params for threads in (1, 2, 3)]
+    assert all(map(torch.equal, found[0] * 2, found[1] + found[2]))
+
+
 @pytest.mark.parametrize("rule", ["linbreg", "hspg"])
 def test_scalars_on_the_device_and_a_skipped_step(kernel_driver, rule):
     params, twins = model(dtype=torch.float64), model(dtype=torch.float64)

@@ -1,23 +1,54 @@
 // The visits of a step, and between those of groups that share a budget its shares (math/envelope.h).
 #pragma once
 
+#include <vector>
+
 #include "../math/envelope.h"
-#include "../plan/step_args.h"
+#include "step.h"
 
 namespace bregman {
 
-// Finds how far the shares of the groups rise, from the sums that each of them left.
-template <bool kHalfSpace>
-void share_budget(const PlanView& plan, const Budget& budget) {
-  const double eta = envelope_root(double(budget.k), [&](auto sum, auto f) {
-    for (int32_t tensor = budget.first_tensor; tensor < budget.end_tensor; ++tensor) {
-      const TensorRecord& record = plan.records()[tensor];
-      const int64_t groups = record.numel == 0 ? 0 : record.layout.groups();
-      const double* squares = plan.group_numbers(record);
-      const double decay = plan.sharing()[tensor].decay;
-      for (int64_t g = 0; g < groups; ++g) sum = plus(sum, f(rise_of<kHalfSpace>(squares[g], decay)));
+// Finds how far the shares of the groups rise, from the sums that each of them left. Pieces of a fixed size, added up in
+// their order: threads make no difference.
+template <bool kHalfSpace, class Share>
+void share_budget(const PlanView& plan, const Budget& budget, Share share) {
+  constexpr int64_t kPiece = 16384;
+  struct Piece {
+    const double* squares;
+    double decay;
+    int64_t first, count;
+  };
+  std::vector<Piece> pieces;
+  int64_t groups = 0;
+  for (int32_t tensor = budget.first_tensor; tensor < budget.end_tensor; ++tensor) {
+    const TensorRecord& record = plan.records()[tensor];
+    const int64_t size = record.numel == 0 ? 0 : record.layout.groups();
+    for (int64_t g = 0; g < size; g += kPiece)
+      pieces.push_back({plan.group_numbers(record) + g, plan.sharing()[tensor].decay, groups + g, std::min(kPiece, size - g)});
+    groups += size;
+  }
+  double* slopes = thread_scratch().get<double>(0, groups);  // negative for zero groups; every turn would take the roots again
+  const auto each_piece = [&](auto f) {
+    const auto one = [&](int64_t i) { f(i, pieces[size_t(i)], slopes + pieces[size_t(i)].first); };
+    if (groups > kPiece) return share(int64_t(pieces.size()), one);
+    for (int64_t i = 0; i < int64_t(pieces.size()); ++i) one(i);  // waking threads would take longer
+  };
+  each_piece([](int64_t, const Piece& piece, double* slope) {
+    for (int64_t g = 0; g < piece.count; ++g) {
+      const Rise rise = rise_of<kHalfSpace>(piece.squares[g], piece.decay);
+      slope[g] = rise.alive ? rise.slope : -1;
     }
-    return sum;
+  });
+  const double eta = envelope_root(double(budget.k), [&](auto total, auto f) {
+    std::vector<decltype(total)> sums(pieces.size(), total);
+    each_piece([&](int64_t i, const Piece& piece, const double* slope) {
+      auto sum = total;
+      for (int64_t g = 0; g < piece.count; ++g)
+        sum = plus(sum, f(Rise{slope[g], kHalfSpace ? 0 : piece.decay, slope[g] >= 0}));
+      sums[size_t(i)] = sum;
+    });
+    for (const auto& sum : sums) total = plus(total, sum);
+    return total;
   });
   for (int32_t tensor = budget.first_tensor; tensor < budget.end_tensor; ++tensor) plan.sharing()[tensor].eta = eta;
 }
@@ -40,7 +71,7 @@ void all_visits(const PlanView& plan, bool counting, int64_t together, Visit vis
     visit(Phase::norms, 0, header.items);
     if (header.strips) visit(Phase::sum_strips, begin, header.items);
     share(header.budgets, [&](int64_t i) {
-      (header.group_sums == 2 ? share_budget<true> : share_budget<false>)(plan, plan.budgets()[i]);
+      (header.group_sums == 2 ? share_budget<true, Share> : share_budget<false, Share>)(plan, plan.budgets()[i], share);
     });
     visit(Phase::scale, 0, header.items);
     if (header.strips && counting) visit(Phase::count_strips, begin, header.items);
