@@ -26,7 +26,7 @@ def bench():
 @pytest.mark.parametrize(
     ("name", "device", "annotation", "launch"),
     [
-        ("void bregman::tile_kernel<bregman::AdaBreg, float, false>(bregman::KernelArgs)", CUDA, False, True),
+        ("void bregman::tile_kernel<bregman::AdaBreg, float>(bregman::KernelArgs)", CUDA, False, True),
         ("void at::native::elementwise_kernel<4, at::native::f()::{lambda()#1}>(int)", CUDA, False, True),
         ("Memcpy DtoH (Device -> Pageable)", CUDA, False, False),
         ("Memset (Device)", CUDA, False, False),
