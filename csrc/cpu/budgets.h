@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "../math/envelope.h"
-#include "step.h"
+#include "../plan/step_args.h"
 
 namespace bregman {
 
@@ -15,36 +15,34 @@ void share_budget(const PlanView& plan, const Budget& budget, Share share) {
   constexpr int64_t kPiece = 16384;
   struct Piece {
     const double* squares;
+    double* slopes;  // kept, as each turn would take square roots again
     double decay;
-    int64_t first, count;
+    int64_t count;
   };
   std::vector<Piece> pieces;
   int64_t groups = 0;
   for (int32_t tensor = budget.first_tensor; tensor < budget.end_tensor; ++tensor) {
     const TensorRecord& record = plan.records()[tensor];
-    const int64_t size = record.numel == 0 ? 0 : record.layout.groups();
+    if (record.numel == 0) continue;
+    const double *squares = plan.group_numbers(record), decay = plan.sharing()[tensor].decay;
+    const int64_t size = record.layout.groups();
     for (int64_t g = 0; g < size; g += kPiece)
-      pieces.push_back({plan.group_numbers(record) + g, plan.sharing()[tensor].decay, groups + g, std::min(kPiece, size - g)});
+      pieces.push_back({squares + g, plan.group_slopes(record) + g, decay, std::min(kPiece, size - g)});
     groups += size;
   }
-  double* slopes = thread_scratch().get<double>(0, groups);  // negative for zero groups; every turn would take the roots again
   const auto each_piece = [&](auto f) {
-    const auto one = [&](int64_t i) { f(i, pieces[size_t(i)], slopes + pieces[size_t(i)].first); };
+    const auto one = [&](int64_t i) { f(i, pieces[size_t(i)]); };
     if (groups > kPiece) return share(int64_t(pieces.size()), one);
     for (int64_t i = 0; i < int64_t(pieces.size()); ++i) one(i);  // waking threads would take longer
   };
-  each_piece([](int64_t, const Piece& piece, double* slope) {
-    for (int64_t g = 0; g < piece.count; ++g) {
-      const Rise rise = rise_of<kHalfSpace>(piece.squares[g], piece.decay);
-      slope[g] = rise.alive ? rise.slope : -1;
-    }
+  each_piece([](int64_t, const Piece& piece) {
+    for (int64_t g = 0; g < piece.count; ++g) piece.slopes[g] = rise_of<kHalfSpace>(piece.squares[g], piece.decay).slope;
   });
   const double eta = envelope_root(double(budget.k), [&](auto total, auto f) {
     std::vector<decltype(total)> sums(pieces.size(), total);
-    each_piece([&](int64_t i, const Piece& piece, const double* slope) {
+    each_piece([&](int64_t i, const Piece& piece) {
       auto sum = total;
-      for (int64_t g = 0; g < piece.count; ++g)
-        sum = plus(sum, f(Rise{slope[g], kHalfSpace ? 0 : piece.decay, slope[g] >= 0}));
+      for (int64_t g = 0; g < piece.count; ++g) sum = plus(sum, f(rise_from<kHalfSpace>(piece.slopes[g], piece.decay)));
       sums[size_t(i)] = sum;
     });
     for (const auto& sum : sums) total = plus(total, sum);

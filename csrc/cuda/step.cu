@@ -15,6 +15,7 @@ __device__ __forceinline__ Span from_lane(Span x, int offset) {
 // The sum over the block in a fixed order, in all threads.
 template <class S>
 __device__ __forceinline__ S sum_of_block(S sum) {
+  constexpr int kWarps = kBudgetThreads / 32;
   BREGMAN_SHARED(S, partial, kWarps);
   for (int offset = 16; offset > 0; offset /= 2) sum = plus(sum, from_lane(sum, offset));
   if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = sum;
@@ -27,29 +28,38 @@ __device__ __forceinline__ S sum_of_block(S sum) {
 
 // Finds the shares that budgets leave their groups (math/envelope.h), from the sums of the first visit: a block for each.
 template <bool kHalfSpace>
-__global__ void __launch_bounds__(kThreads) budget_kernel(const char* device_plan) {
+__global__ void __launch_bounds__(kBudgetThreads, 1) budget_kernel(const char* device_plan) {
   const PlanView plan{global(device_plan)};
   const Budget budget = plan.budgets()[blockIdx.x];
-  const double eta = envelope_root(double(budget.k), [&](auto sum, auto f) {
+  auto each_tensor = [&](auto f) {
     for (int tensor = budget.first_tensor; tensor < budget.end_tensor; ++tensor) {
       const TensorRecord& record = plan.records()[tensor];
-      if (record.numel == 0) continue;
-      const double decay = global(plan.sharing())[tensor].decay;
-      const double* squares = global(plan.group_numbers(record));
-      const int64_t groups = record.layout.groups();
-      for (int64_t g = int64_t(threadIdx.x); g < groups; g += kThreads)
-        sum = plus(sum, f(rise_of<kHalfSpace>(squares[g], decay)));
+      if (record.numel) f(record, global(plan.group_slopes(record)), global(plan.sharing())[tensor].decay);
     }
+  };
+  // A thread reads the slopes that it wrote. They are kept, as each turn would take square roots again.
+  each_tensor([&](const TensorRecord& record, double* slopes, double decay) {
+    const double* squares = global(plan.group_numbers(record));
+    for (int64_t g = int64_t(threadIdx.x); g < record.layout.groups(); g += kBudgetThreads)
+      slopes[g] = rise_of<kHalfSpace>(squares[g], decay).slope;
+  });
+  const double eta = envelope_root(double(budget.k), [&](auto sum, auto f) {
+    each_tensor([&](const TensorRecord& record, const double* slopes, double decay) {
+      const int64_t groups = record.layout.groups();
+#pragma unroll 4
+      for (int64_t g = int64_t(threadIdx.x); g < groups; g += kBudgetThreads)
+        sum = plus(sum, f(rise_from<kHalfSpace>(slopes[g], decay)));
+    });
     return sum_of_block(sum);
   });
-  for (int tensor = budget.first_tensor + int(threadIdx.x); tensor < budget.end_tensor; tensor += kThreads)
+  for (int tensor = budget.first_tensor + int(threadIdx.x); tensor < budget.end_tensor; tensor += kBudgetThreads)
     global(plan.sharing())[tensor].eta = eta;
 }
 
 static cudaError_t share_budgets(const PlanView& plan, const void* device_plan, cudaStream_t stream) {
   const dim3 blocks(unsigned(plan.header().budgets));
   const auto kernel = plan.header().group_sums == 2 ? budget_kernel<true> : budget_kernel<false>;
-  return launch(kernel, blocks, dim3(kThreads), 0, stream, static_cast<const char*>(device_plan));
+  return launch(kernel, blocks, dim3(kBudgetThreads), 0, stream, static_cast<const char*>(device_plan));
 }
 
 cudaError_t step_cuda(const PlanView& plan, const void* device_plan, const void* const* grads, const StepArgs& args,

@@ -10,9 +10,11 @@ namespace bregman {
 
 #ifdef BREGMAN_EMULATE
 constexpr int kThreads = 64;  // two warps: every path is taken, and a block costs 64 OS threads
+constexpr int kBudgetThreads = 64;
 constexpr int64_t kChunk = 512, kTile = 256, kMaxTileBytes = 2048, kMaxGroups = 128, kWorkers = 8;
 #else
 constexpr int kThreads = 256;
+constexpr int kBudgetThreads = 512;  // one block finds the root of a budget and waits for memory; 1024 spill (not measured)
 // LinBreg, AdaBreg at 2048, 4096, 8192, 16384, 32768, 65536: large 90 and 97%, 93 and 95, 93 and 94, 90 and 93, 94 and
 // 96, 87 and 90; GPT-2 70 and 84%, 73 and 83, 70 and 81, 61 and 74, 71 and 82, 69 and 78.
 constexpr int64_t kChunk = 4096;

@@ -28,18 +28,22 @@ constexpr double kInfinite = 1e300;  // stands for an infinite norm, so that no 
 // A NaN fills its group and leaves the others as if that group were zero.
 BREGMAN_HD double finite_norm(double norm) { return norm != norm ? 0 : norm < kInfinite ? norm : kInfinite; }
 
-// A group's share of the budget: u(eta) = clip(eta * slope - offset, 0, 1), or zero for a zero group.
+// A group's share of the budget: u(eta) = clip(eta * slope - offset, 0, 1), or zero for a zero group, whose slope is < 0.
 struct Rise {
   double slope, offset;
-  bool alive;
 
-  BREGMAN_HD double share(double eta) const { return alive ? clamp(eta * slope - offset, 0.0, 1.0) : 0; }  // not inf * 0
+  BREGMAN_HD bool alive() const { return slope >= 0; }
+  BREGMAN_HD double share(double eta) const { return alive() ? clamp(eta * slope - offset, 0.0, 1.0) : 0; }
 };
-// That of a group with this squared norm: in a prox, or in a half-space step.
+// That of a group with this squared norm, or with this slope: in a prox, or in a half-space step.
+template <bool kHalfSpace>
+BREGMAN_HD Rise rise_from(double slope, double decay) {
+  return {slope, kHalfSpace ? 0 : decay};
+}
 template <bool kHalfSpace>
 BREGMAN_HD Rise rise_of(double squares, double decay) {
   const double norm = square_root(squares);
-  return {finite_norm(norm * square_root(decay)), kHalfSpace ? 0 : decay, norm > 0};
+  return rise_from<kHalfSpace>(norm > 0 ? finite_norm(norm * square_root(decay)) : -1, decay);
 }
 
 // What the prox leaves of a group.
@@ -60,7 +64,7 @@ template <class Walk>
 BREGMAN_HD double envelope_root(double k, Walk walk) {
   constexpr double kTiny = 4.9406564584124654e-324, kMost = 1.7976931348623157e308;
   const Span span = walk(Span{kMost, 0, 0}, [](const Rise& rise) {
-    if (!(rise.slope > 0)) return Span{kMost, 0, rise.alive ? 1.0 : 0.0};
+    if (!(rise.slope > 0)) return Span{kMost, 0, rise.alive() ? 1.0 : 0.0};
     const double inverse = 1 / rise.slope;
     return Span{rise.offset * inverse, (1 + rise.offset) * inverse, 1};
   });

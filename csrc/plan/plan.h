@@ -112,6 +112,10 @@ struct PlanView {
     const int64_t strips = record.strip_rows ? strips_of(record) : 0;
     return numbers(record) + strips * record.layout.g2 * record.layout.r2 * header().group_sums;
   }
+  // Behind these, with a budget: how each group's share of it rises (math/envelope.h), which is found between the visits.
+  BREGMAN_HD double* group_slopes(const TensorRecord& record) const {
+    return group_numbers(record) + record.layout.groups() * header().group_sums;
+  }
   // Per tensor: offset of its entry, which holds ndim, sizes and strides.
   BREGMAN_HD const int64_t* shape(int64_t tensor) const {
     const int64_t* table = reinterpret_cast<const int64_t*>(base + header().shape_offset);
@@ -221,7 +225,7 @@ inline std::vector<char> make_plan(const std::vector<TensorSpec>& specs, int rul
     if (record.numel && spec.group_dims >= 0) record.strip_rows = rows_per_strip(layout, tuning);
     record.first_number = numbers;
     if (record.strip_rows) numbers += strips_of(record) * layout.g2 * layout.r2 * group_sums;
-    if ((record.strip_rows || spec.budget) && record.numel) numbers += layout.groups() * group_sums;
+    if ((record.strip_rows || spec.budget) && record.numel) numbers += layout.groups() * (group_sums + (spec.budget != 0));
     if (!spec.budget != !specs[0].budget) throw std::invalid_argument("all tensors share budgets, or none");
     cut(spec, record, int32_t(i), tuning, header, share, items, strips);
     records.push_back(record);

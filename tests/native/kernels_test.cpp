@@ -190,7 +190,7 @@ Step random_step(const RuleNeeds& rule, bool grouped) {
 // The eta at which shares of these rises sum to k, by bisection, where kernels take Newton's steps between breakpoints.
 double bisected_eta(const std::vector<Rise>& rises, double k) {
   double low = 0, high = std::numeric_limits<double>::infinity();
-  if (std::count_if(rises.begin(), rises.end(), [](const Rise& rise) { return rise.alive; }) <= k) return high;
+  if (std::count_if(rises.begin(), rises.end(), [](const Rise& rise) { return rise.alive(); }) <= k) return high;
   for (int turn = 0; turn < 2200; ++turn) {
     const double middle = std::isinf(high) ? (low == 0 ? 1 : 2 * low) : low + (high - low) / 2;
     if (middle == low || middle == high) break;

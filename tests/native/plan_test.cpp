@@ -87,7 +87,8 @@ void check_numbers(const PlanView& plan, const std::vector<TensorSpec>& specs) {
       numbers += count * g.g2 * g.r2 * header.group_sums;
     }
     CHECK(plan.group_numbers(record) == plan.numbers(record) + (numbers - record.first_number), "tensor %zu", t);
-    if (record.strip_rows || specs[t].budget) numbers += record.numel ? g.groups() * header.group_sums : 0;
+    const int64_t each = specs[t].budget ? header.group_sums + 1 : record.strip_rows ? header.group_sums : 0;
+    numbers += record.numel ? g.groups() * each : 0;
     if (specs[t].budget == 0) continue;
     budget += specs[t].budget > 0;
     const Budget& mine = plan.budgets()[budget];
