@@ -109,7 +109,10 @@ class Kernels:
                 return f"penalty {penalty.kernel!r} is not compiled in"
         from .optim._plan import group_bits
 
-        return _text(self._why_not(param.shape, param.stride(), group_bits(reg, param)))
+        groups = group_bits(reg, param)
+        if groups >= 0 and reg.elementwise is not None and not reg.elementwise.homogeneous:
+            return f"{type(reg).__name__} runs in plain torch: on elements of groups kernels want a homogeneous penalty"
+        return _text(self._why_not(param.shape, param.stride(), groups))
 
 
 def _text(utf8: list[int]) -> str:

@@ -345,10 +345,29 @@ def test_a_mask_hides_a_nan_gradient_from_the_rest_of_its_group(driver, optimize
     assert torch.equal(*sides)
 
 
+@dataclasses.dataclass
 class Sparse(GroupLasso):
     """With a penalty on elements whose prox, followed by that of the norms, is not the prox of both."""
 
-    elementwise = property(lambda self: ElasticNet(self.lam, 1.0))
+    below: str = "elastic_net"
+    norms: bool = True
+
+    @property
+    def elementwise(self) -> Separable:
+        return ElasticNet(self.lam, 1.0) if self.below == "elastic_net" else L1(self.lam)
+
+    @property
+    def radial(self) -> Separable | None:
+        return L1(self.lam) if self.norms else None
+
+
+class Known(Sparse):
+    """With a prox of its own."""
+
+    whole = "it is not a composition"
+
+    def prox(self, x, step):
+        return x * 0.5
 
 
 @pytest.mark.parametrize("make", [ProxSGD, ProxAdam])
@@ -370,3 +389,35 @@ def test_a_penalty_below_norms_has_to_be_homogeneous(kernel_driver, monkeypatch,
     with pytest.raises(RuntimeError, match=f"below group norms stand penalties with .* got kind {other}"):
         optimizer.step()
     assert torch.equal(p, before)
+
+
+@pytest.mark.parametrize("fused", [False, None])
+@pytest.mark.parametrize("make", [ProxSGD, ProxAdam])
+def test_a_penalty_that_stops_being_homogeneous_is_refused_before_anything_changes(make, fused):
+    params = [torch.nn.Parameter(torch.ones(2, 3)) for _ in range(2)]
+    reg = Sparse(0.1, below="l1")
+    optimizer = make([{"params": params[:1]}, {"params": params[1:], "reg": reg}], lr=0.1, fused=fused)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    before = [p.detach().clone() for p in params]
+    reg.below = "elastic_net"
+    with pytest.raises(ValueError, match="ElasticNet below group norms is not homogeneous"):
+        optimizer.step()
+    assert all(map(torch.equal, params, before))
+
+
+@pytest.mark.filterwarnings("ignore:ProxSGD")
+def test_proxes_that_are_known_without_homogeneity():
+    """Groups without a penalty on their norms, which plain torch steps, and a prox of a user's own."""
+    x = torch.randn(4, 3)
+    for reg, wanted in (
+        (Sparse(0.1, norms=False), ElasticNet(0.1, 1.0).prox(x - 0.1, 0.1)),
+        (Known(0.1), (x - 0.1) / 2),
+    ):
+        p = torch.nn.Parameter(x.clone())
+        p.grad = torch.ones_like(p)
+        ProxSGD([p], lr=0.1, reg=reg).step()
+        torch.testing.assert_close(p.detach(), wanted)
+    with pytest.raises(ValueError, match="Sparse has no known prox: ElasticNet below"):
+        Sparse(0.1).prox_together([x], 0.5)

@@ -73,6 +73,10 @@ def check_options(optimizer: SparseOptimizer, group: dict[str, Any]) -> None:
     if group["capturable"] and group["check_finite"]:
         raise ValueError(f"{owner}: check_finite reads gradients on the host, so that capturable must be False")
     optimizer._check_group(group)
+    if reg is not None and (why := reg.why_no_prox()):
+        raise ValueError(f"{owner}: {why}")
+    if reg is not None and optimizer._rule(group).metric and (why := reg.why_not_weighted()):
+        raise ValueError(f"{owner}: every weight has a step size of its own here, and {why}")
     if reg is not None and reg.every > 1:
         skipping = f"{owner}: {type(reg).__name__}(every={reg.every}) leaves steps without a prox, "
         if not optimizer._rule(group).skips_prox:
@@ -97,10 +101,6 @@ def check_changed_options(optimizer: SparseOptimizer, number: int, group: dict[s
 def check_params(optimizer: SparseOptimizer, group: dict[str, Any]) -> None:
     """Refuse parameters that cannot be trained, or not with the group's regularizer; the options have been checked."""
     owner, reg = type(optimizer).__name__, group["reg"]
-    if reg is not None and (why := reg.why_no_prox()):
-        raise ValueError(f"{owner}: {why}")
-    if reg is not None and optimizer._rule(group).metric and (why := reg.why_not_weighted()):
-        raise ValueError(f"{owner}: every weight has a step size of its own here, and {why}")
     for index, param in enumerate(group["params"]):
         if is_lazy(param):
             raise ValueError(

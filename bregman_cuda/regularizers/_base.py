@@ -200,8 +200,6 @@ class Regularizer:
             ValueError: a penalty whose prox is not known (`why_no_prox`), or not with steps per element; or a tensor
                 lam that turned NaN or negative.
         """
-        if why := self.why_no_prox():
-            raise ValueError(f"prox: {why}")
         self._per_element(x, step)
         self.check_tensors()
         if torch.is_tensor(factor := self.nan_or_one()):
@@ -221,10 +219,11 @@ class Regularizer:
         """Empty, or why the prox is not known: with phi below psi it is the prox of phi followed by that of the norm if
         phi(t x) = t phi(x) for t >= 0. Its subgradients depend on signs alone then, which shrinking a group keeps.
         """
-        if self.radial is None or self.elementwise is None or self.elementwise.homogeneous:
+        part, own = self.elementwise, type(self).prox is not Regularizer.prox
+        if own or self.radial is None or part is None or getattr(part, "homogeneous", False):
             return ""
-        part = type(self.elementwise).__name__
-        return f"{type(self).__name__} has no known prox: {part} below group norms is not homogeneous"
+        why = f"{type(part).__name__} below group norms is not homogeneous (or does not say so)"
+        return f"{type(self).__name__} has no known prox: {why}"
 
     def why_not_weighted(self) -> str:
         """Empty, or why the prox with a step size for each element is not known.
@@ -302,6 +301,8 @@ class Regularizer:
         return extent.part(self.prox(point, *scales or [step]))
 
     def _prox(self, x: Tensor, step: Step, extent: Extent, near: Tensor | None = None) -> Rounds[Tensor]:
+        if why := self.why_no_prox():
+            raise ValueError(f"prox: {why}")
         scale = number_like(step, x)
         if self.elementwise is not None:
             x = self.elementwise._scalar_prox(x, scale)

@@ -68,7 +68,7 @@ void all_visits(const PlanView& plan, bool counting, int64_t together, Visit vis
   if (header.budgets) {
     visit(Phase::norms, 0, header.items);
     if (header.strips) visit(Phase::sum_strips, begin, header.items);
-    share(header.budgets, [&](int64_t i) {
+    share(header.budgets, [&](int64_t i) {  // several budgets at once, one by all threads
       (header.group_sums == 2 ? share_budget<true, Share> : share_budget<false, Share>)(plan, plan.budgets()[i], share);
     });
     visit(Phase::scale, 0, header.items);

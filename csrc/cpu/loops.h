@@ -208,7 +208,7 @@ struct Loops {
   void (*prepare)(const StepArgs&, Step<C>&);
   void (*advance_points)(Arrays<C>, int64_t, int64_t, int64_t, const Step<C>&, C*, C*, C*);
   void (*advance_squares)(Arrays<C>, int64_t, int64_t, int64_t, const Step<C>&, C*, C*, C*);  // in a metric
-  int32_t (*finish_points)(Arrays<C>, int64_t, const Step<C>&, const C*, const C*, const C*);
+  int32_t (*finish_points)(Arrays<C>, int64_t, const Step<C>&, const C*, const C*, const C*);  // not of half-space steps
   int32_t (*finish_groups)(Arrays<C>, int64_t, const Step<C>&, const C*, const C*, const C*);
   FusedLoops<C> none, l1;
 

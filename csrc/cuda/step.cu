@@ -1,4 +1,5 @@
 // The launches of a step: which walker serves a plan, and the kernel between the two visits of groups that share a budget.
+// And what the device offers.
 #include "../math/envelope.h"
 #include "walker.cuh"
 
@@ -15,13 +16,13 @@ __device__ __forceinline__ Span from_lane(Span x, int offset) {
 // The sum over the block in a fixed order, in all threads.
 template <class S>
 __device__ __forceinline__ S sum_of_block(S sum) {
-  constexpr int kWarps = kBudgetThreads / 32;
-  BREGMAN_SHARED(S, partial, kWarps);
+  constexpr int kAll = kBudgetThreads / 32;
+  BREGMAN_SHARED(S, partial, kAll);
   for (int offset = 16; offset > 0; offset /= 2) sum = plus(sum, from_lane(sum, offset));
   if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = sum;
   __syncthreads();
   sum = partial[0];
-  for (int w = 1; w < kWarps; ++w) sum = plus(sum, partial[w]);
+  for (int w = 1; w < kAll; ++w) sum = plus(sum, partial[w]);
   __syncthreads();
   return sum;
 }
@@ -77,7 +78,7 @@ cudaError_t step_cuda(const PlanView& plan, const void* device_plan, const void*
 int64_t tile_bytes(int device) {
   int bytes = 48 * 1024;
   if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) (void)cudaGetLastError();
-  return bytes - 24576;  // the per-group arrays and the static ones
+  return bytes - kGroupBytes;
 }
 
 }  // namespace bregman

@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<Rule, T>)
   constexpr bool kPair = kPaired<Rule>, kBudgets = kGroupSums<Rule> > 0;
   using S = sums_t<Rule>;
   using Shared = GroupArrays<Rule, C>;
-  static_assert(sizeof(Shared) % 16 == 0);
+  static_assert(sizeof(Shared) % 16 == 0 && sizeof(Shared) + 512 <= kGroupBytes);
   BREGMAN_DYNAMIC_SHARED(unsigned char, memory);
   Shared& arrays = *reinterpret_cast<Shared*>(memory);
   C* const z = reinterpret_cast<C*>(memory + sizeof(Shared));

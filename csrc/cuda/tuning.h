@@ -21,8 +21,9 @@ constexpr int64_t kChunk = 4096;
 constexpr int64_t kTile = 4096;           // 2048 and 8192: groups of rows within 8%
 constexpr int64_t kMaxTileBytes = 98304;  // input channels of ResNet-18: 0.23 ms; with 49152 0.39, with 24576 0.42
 constexpr int64_t kWorkers = 400;         // blocks: three on each of 132 multiprocessors
-constexpr int64_t kMaxGroups = 512;       // per tile: the per-group arrays take 10 KB, in a metric 27
+constexpr int64_t kMaxGroups = 512;       // per tile: the per-group arrays take 10 KB, in a metric 29
 #endif
+constexpr int64_t kGroupBytes = 30720;  // of shared memory, for these and what is static
 // Two blocks per SM as a floor: without it ptxas aims at more and spills in two kernels (sm_90, nvcc 13.0, 2026-11-21).
 constexpr int kMinBlocks = 2;
 constexpr int kWarps = kThreads / 32;

@@ -109,8 +109,13 @@ struct Tile {
     T raw[W];
     load(p, i, wide, raw);
     if constexpr (std::is_same_v<T, bits16>) {
-      if (brain) for (int j = 0; j < W; ++j) out[j] = widen(bf16{raw[j].bits});
-      else for (int j = 0; j < W; ++j) out[j] = widen(fp16{raw[j].bits});
+      if (brain) {
+#pragma unroll
+        for (int j = 0; j < W; ++j) out[j] = widen(bf16{raw[j].bits});
+      } else {
+#pragma unroll
+        for (int j = 0; j < W; ++j) out[j] = widen(fp16{raw[j].bits});
+      }
     } else {
 #pragma unroll
       for (int j = 0; j < W; ++j) out[j] = widen(raw[j]);

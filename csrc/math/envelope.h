@@ -76,7 +76,7 @@ BREGMAN_HD double envelope_root(double k, Walk walk) {
   // Newton's step where the last one was a bisection: 6 to 20 turns in practice, and a hundred and thirty at most.
   for (int turn = 0; turn < 200; ++turn) {
     const Shares sums = walk(Shares{0, 0, 0}, [eta](const Rise& rise) {
-      const double u = eta * rise.slope - rise.offset;
+      const double u = rise.alive() ? eta * rise.slope - rise.offset : -1;
       return u >= 1 ? Shares{0, 0, 1} : u >= 0 ? Shares{rise.slope, rise.offset, 0} : Shares{0, 0, 0};
     });
     // The guess lies on the piece that it came from: it is the root.

@@ -203,10 +203,11 @@ inline StepArgs check_step(const PlanView& plan, const Tensor& counts, const std
   const size_t wanted = 2 + hypers + 4;
   STD_TORCH_CHECK(kinds.size() == 3 && kinds[0] == plan.header().rule, "kinds must be [rule, elementwise, radial], with "
                   "the plan's rule ", plan.header().rule);
+  const bool alone = half_space || plan.header().budgets;
   STD_TORCH_CHECK(kinds[1] == int(PenaltyKind::none) ||
-                      !(half_space || (plan.header().grouped && !is_homogeneous(int(kinds[1])))),
-                  half_space ? "half-space steps take no penalty on elements"
-                             : "below group norms stand penalties with phi(t x) = t phi(x) only",
+                      !(alone || (plan.header().grouped && !is_homogeneous(int(kinds[1])))),
+                  alone ? "half-space steps and budgets take no penalty on elements"
+                        : "below group norms stand penalties with phi(t x) = t phi(x) only",
                   ", got kind ", kinds[1]);
   STD_TORCH_CHECK(scalars.size() == wanted || (scalars.empty() && size_t(live.numel()) == wanted &&
                                                live.scalar_type() == ScalarType::Double && live.is_contiguous()),
