@@ -46,7 +46,8 @@ struct Step {
 
 // The whole step on n neighbouring elements; returns how many are non-zero.
 template <class Rule, class Elementwise, class C>
-BREGMAN_LOOP int32_t separable_block(const Arrays<C> a, int64_t n, const Step<C>& step) {
+BREGMAN_LOOP int32_t separable_block(const Arrays<C>& arrays, int64_t n, const Step<C>& step) {
+  const Arrays<C> a = arrays;
   const auto k = step.template of<Rule>();
   int32_t count = 0;
 #pragma GCC ivdep
@@ -61,7 +62,8 @@ BREGMAN_LOOP int32_t separable_block(const Arrays<C> a, int64_t n, const Step<C>
 // First visit of n neighbours of one group. Element j adds to lanes[j % kLanes], an order that depends on n alone.
 constexpr int kLanes = 32;
 template <class Rule, class Elementwise, class C>
-BREGMAN_LOOP void advance_run(const Arrays<C> a, int64_t n, const Step<C>& step, double* __restrict__ lanes) {
+BREGMAN_LOOP void advance_run(const Arrays<C>& arrays, int64_t n, const Step<C>& step, double* __restrict__ lanes) {
+  const Arrays<C> a = arrays;
   const auto k = step.template of<Rule>();
   double sums[kLanes];
   for (int m = 0; m < kLanes; ++m) sums[m] = lanes[m];
@@ -86,8 +88,9 @@ BREGMAN_LOOP void advance_run(const Arrays<C> a, int64_t n, const Step<C>& step,
 
 // First visit of kRows rows of n columns, each of which has a sum of its own.
 template <int kRows, class Rule, class Elementwise, class C>
-BREGMAN_LOOP void advance_rows(const Arrays<C> a, int64_t stride, int64_t n, const Step<C>& step,
+BREGMAN_LOOP void advance_rows(const Arrays<C>& arrays, int64_t stride, int64_t n, const Step<C>& step,
                                double* __restrict__ sums) {
+  const Arrays<C> a = arrays;
   const auto k = step.template of<Rule>();
 #pragma GCC ivdep
   for (int64_t j = 0; j < n; ++j) {
@@ -102,8 +105,9 @@ BREGMAN_LOOP void advance_rows(const Arrays<C> a, int64_t stride, int64_t n, con
 
 // The same for half-space steps, where a column has two sums.
 template <class Rule, class C>
-BREGMAN_LOOP void advance_pairs(const Arrays<C> a, int64_t rows, int64_t stride, int64_t n, const Step<C>& step,
+BREGMAN_LOOP void advance_pairs(const Arrays<C>& arrays, int64_t rows, int64_t stride, int64_t n, const Step<C>& step,
                                 double* __restrict__ squares, double* __restrict__ products) {
+  const Arrays<C> a = arrays;
   const auto k = step.template of<Rule>();
   for (int64_t r = 0; r < rows; ++r) {
 #pragma GCC ivdep
@@ -128,7 +132,8 @@ BREGMAN_HD C group_prox(C z, C scale, C number) {
 // Second visit of n neighbours: their prox points, by what is known of their groups, and the rest; returns how many are
 // non-zero.
 template <class Rule, class Elementwise, class C>
-BREGMAN_LOOP int32_t finish_block(const Arrays<C> a, int64_t n, const Step<C>& step, const C* __restrict__ numbers) {
+BREGMAN_LOOP int32_t finish_block(const Arrays<C>& arrays, int64_t n, const Step<C>& step, const C* __restrict__ numbers) {
+  const Arrays<C> a = arrays;
   const auto k = step.template of<Rule>();
   int32_t count = 0;
 #pragma GCC ivdep
@@ -144,8 +149,9 @@ BREGMAN_LOOP int32_t finish_block(const Arrays<C> a, int64_t n, const Step<C>& s
 // Advances the state of `rows` rows of n columns and writes their points, and their prox scales where these differ.
 // kSquares: adds the squares of the old parameters to those of each column, in type C: a search begins there.
 template <bool kSquares, class Rule, class C>
-BREGMAN_LOOP void advance_points(const Arrays<C> a, int64_t rows, int64_t stride, int64_t n, const Step<C>& step,
+BREGMAN_LOOP void advance_points(const Arrays<C>& arrays, int64_t rows, int64_t stride, int64_t n, const Step<C>& step,
                                  C* __restrict__ z, C* __restrict__ scales, C* __restrict__ squares) {
+  const Arrays<C> a = arrays;
   const auto k = step.template of<Rule>();
   for (int64_t r = 0; r < rows; ++r, z += n, scales += n) {
 #pragma GCC ivdep
@@ -161,8 +167,9 @@ BREGMAN_LOOP void advance_points(const Arrays<C> a, int64_t rows, int64_t stride
 
 // The new parameters from n points, as they are or with the prox of their groups; returns how many are non-zero.
 template <bool kGroups, class Rule, class C>
-BREGMAN_LOOP int32_t finish_points(const Arrays<C> a, int64_t n, const Step<C>& step, const C* __restrict__ z,
+BREGMAN_LOOP int32_t finish_points(const Arrays<C>& arrays, int64_t n, const Step<C>& step, const C* __restrict__ z,
                                    const C* __restrict__ scales, const C* __restrict__ numbers) {
+  const Arrays<C> a = arrays;
   const auto k = step.template of<Rule>();
   int32_t count = 0;
 #pragma GCC ivdep
@@ -179,12 +186,12 @@ BREGMAN_LOOP int32_t finish_points(const Arrays<C> a, int64_t n, const Step<C>& 
 // The loops of a rule with an elementwise penalty; null are those for groups that it does not need.
 template <class C>
 struct FusedLoops {
-  int32_t (*separable_block)(Arrays<C>, int64_t, const Step<C>&);
-  void (*advance_run)(Arrays<C>, int64_t, const Step<C>&, double*);
-  void (*advance_row)(Arrays<C>, int64_t, int64_t, const Step<C>&, double*);
-  void (*advance_four)(Arrays<C>, int64_t, int64_t, const Step<C>&, double*);  // or null: too many streams to foresee
-  void (*advance_pairs)(Arrays<C>, int64_t, int64_t, int64_t, const Step<C>&, double*, double*);
-  int32_t (*finish_block)(Arrays<C>, int64_t, const Step<C>&, const C*);
+  int32_t (*separable_block)(const Arrays<C>&, int64_t, const Step<C>&);
+  void (*advance_run)(const Arrays<C>&, int64_t, const Step<C>&, double*);
+  void (*advance_row)(const Arrays<C>&, int64_t, int64_t, const Step<C>&, double*);
+  void (*advance_four)(const Arrays<C>&, int64_t, int64_t, const Step<C>&, double*);  // or null: too many streams to foresee
+  void (*advance_pairs)(const Arrays<C>&, int64_t, int64_t, int64_t, const Step<C>&, double*, double*);
+  int32_t (*finish_block)(const Arrays<C>&, int64_t, const Step<C>&, const C*);
 };
 template <class Rule, class Elementwise, class C>
 constexpr FusedLoops<C> fused_loops() {
@@ -206,10 +213,10 @@ struct Loops {
   int slots, fixed;
   bool reads_param, late, metric, paired;  // what the rule says of itself
   void (*prepare)(const StepArgs&, Step<C>&);
-  void (*advance_points)(Arrays<C>, int64_t, int64_t, int64_t, const Step<C>&, C*, C*, C*);
-  void (*advance_squares)(Arrays<C>, int64_t, int64_t, int64_t, const Step<C>&, C*, C*, C*);  // in a metric
-  int32_t (*finish_points)(Arrays<C>, int64_t, const Step<C>&, const C*, const C*, const C*);  // not of half-space steps
-  int32_t (*finish_groups)(Arrays<C>, int64_t, const Step<C>&, const C*, const C*, const C*);
+  void (*advance_points)(const Arrays<C>&, int64_t, int64_t, int64_t, const Step<C>&, C*, C*, C*);
+  void (*advance_squares)(const Arrays<C>&, int64_t, int64_t, int64_t, const Step<C>&, C*, C*, C*);  // in a metric
+  int32_t (*finish_points)(const Arrays<C>&, int64_t, const Step<C>&, const C*, const C*, const C*);  // not of half-space steps
+  int32_t (*finish_groups)(const Arrays<C>&, int64_t, const Step<C>&, const C*, const C*, const C*);
   FusedLoops<C> none, l1;
 
   // Those with a penalty, if they are there.
