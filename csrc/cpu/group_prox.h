@@ -67,7 +67,7 @@ struct GainTerms {
 };
 
 template <class Terms, class C>
-BREGMAN_LOOP void add_pairs(const Matrix<C> m, const Terms terms, const C* __restrict__ numbers,
+BREGMAN_LOOP void add_pairs(const Matrix<C>& m, const Terms terms, const C* __restrict__ numbers,
                             double* __restrict__ a, double* __restrict__ b) {
   for (int64_t r = 0; r < m.rows; ++r) {
     const C* __restrict__ z = m.z + r * m.columns;
@@ -83,7 +83,7 @@ BREGMAN_LOOP void add_pairs(const Matrix<C> m, const Terms terms, const C* __res
 
 // The sums of a step of the root, a few rows of them.
 template <class C>
-BREGMAN_LOOP void add_moments(const Matrix<C> m, const Line<C> line, const C* __restrict__ norms, C* __restrict__ a,
+BREGMAN_LOOP void add_moments(const Matrix<C>& m, const Line<C> line, const C* __restrict__ norms, C* __restrict__ a,
                               C* __restrict__ b, C* __restrict__ c) {
   for (int64_t r = 0; r < m.rows; ++r) {
     const C* __restrict__ z = m.z + r * m.columns;
@@ -126,7 +126,7 @@ struct Wide {
 // The same for lines without slope, at norms other than zero, with the sums of all rows in registers: of two vectors at
 // a time, which are a memory line of float in AVX2.
 template <class C>
-BREGMAN_LOOP void add_level_moments(const Matrix<C> m, C level, const C* __restrict__ norms, C* __restrict__ a,
+BREGMAN_LOOP void add_level_moments(const Matrix<C>& m, C level, const C* __restrict__ norms, C* __restrict__ a,
                                     C* __restrict__ b, C* __restrict__ c, Ahead& ahead) {
   using W = Wide<C>;
   using V = typename W::type;
@@ -249,7 +249,7 @@ class BufferedGroups {
 
  private:
   template <class F>
-  void for_parts(F f) const {
+  void for_parts(const F& f) const {
     const int64_t rows = elements_ / columns, rest = elements_ - rows * columns;
     f(Matrix<C>{z_, scales_, rows, columns});
     if (rest) f(Matrix<C>{z_ + rows * columns, scales_ + rows * columns, 1, rest});

@@ -210,7 +210,7 @@ struct Groups : TileOf<T> {
   // Where there is a mask, points that it leaves out must not be summed: calls f(points, old parameters, j, m) for all n
   // neighbours.
   template <class F>
-  void masked_points(int64_t begin, int64_t n, F f) const {
+  void masked_points(int64_t begin, int64_t n, const F& f) const {
     alignas(64) C z[kBuffer], old[kBuffer];
     for (int64_t j = 0; j < n; j += kBuffer) {
       const int64_t m = std::min(kBuffer, n - j);

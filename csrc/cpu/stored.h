@@ -148,7 +148,7 @@ struct Stored {
   // has the flags of a mask, if there is one. State that it leaves out becomes zero behind f. 16-bit parameters are there
   // if the rule or `reads_param` says so.
   template <class F>
-  void advance(int64_t begin, int64_t n, F f, bool reads_param = false) const {
+  void advance(int64_t begin, int64_t n, const F& f, bool reads_param = false) const {
     auto masked = [&](const Arrays<C>& a, int64_t j, int64_t m) {
       if (mask == nullptr) return f(a, j, m, nullptr);
       const Keep<C> keep(mask, begin + j, m);
@@ -163,7 +163,7 @@ struct Stored {
   // Calls f(arrays, j, m) likewise, storing parameters, past the caches if `stream`, zeros where a mask says so; returns how
   // many are non-zero, as f does.
   template <Visit kVisit, class F>
-  int32_t store(int64_t begin, int64_t n, bool stream, F f) const {
+  int32_t store(int64_t begin, int64_t n, bool stream, const F& f) const {
     int32_t count = 0;
     auto masked = [&](const Arrays<C>& a, int64_t i, int64_t m) {
       const Keep<C> keep(mask, i, m);
@@ -213,11 +213,11 @@ struct Stored {
     return visit == Visit::only || rule.late == (visit == Visit::second) || rule.slots == 0;
   }
   template <class F>
-  static void for_buffers(int64_t n, F f) {
+  static void for_buffers(int64_t n, const F& f) {
     for (int64_t j = 0; j < n; j += kBuffer) f(j, std::min(kBuffer, n - j));
   }
   template <Visit kVisit, class F>
-  void converted(int64_t begin, int64_t n, F f, bool reads_param = false) const {
+  void converted(int64_t begin, int64_t n, const F& f, bool reads_param = false) const {
     alignas(64) C grads[kBuffer], params[kBuffer];
     for_buffers(n, [&](int64_t j, int64_t m) {
       if (reads_grad(kVisit)) widen_all(grad + begin + j, m, grads);
