@@ -62,7 +62,11 @@ def assert_same(first, second) -> None:
         assert same_bits(p.detach(), q.detach())
         ours, theirs = first[1].state[p], second[1].state[q]
         assert set(ours) == set(theirs)
-        assert all(same_bits(ours[key], theirs[key]) for key in ours)
+        for key in ours:
+            if key == "alpha":  # adds up torch's square roots; MKL's, with AVX-512, may be an ulp off Python's
+                torch.testing.assert_close(ours[key], theirs[key], rtol=1e-15, atol=0)
+            else:
+                assert same_bits(ours[key], theirs[key]), key
 
 
 @pytest.mark.parametrize(
