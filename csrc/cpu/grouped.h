@@ -12,31 +12,35 @@ BREGMAN_BEGIN
 template <class T>
 void fetch(const Stored<T>& stored, int64_t begin, int64_t n) {
   using C = compute_t<T>;
-  for (int64_t j = 0; j < n; j += kLine<T>) __builtin_prefetch(stored.grad + begin + j, 0, 2);
+  auto ask = [=](auto* array) {
+    constexpr int64_t kBytes = sizeof(*array);
+    const uintptr_t from = reinterpret_cast<uintptr_t>(array) + uintptr_t(begin * kBytes);
+    for (int64_t i = 0; i < n * kBytes; i += 64) prefetch(from + uintptr_t(i));
+  };
+  ask(stored.grad);
   for (const C* slot : {stored.state.slot0, stored.state.slot1, stored.state.slot2})
-    for (int64_t j = 0; slot && j < n; j += kLine<C>) __builtin_prefetch(slot + begin + j, 0, 2);
-  for (int64_t j = 0; stored.rule.reads_param && j < n; j += kLine<C>)
-    __builtin_prefetch(stored.old_param(begin + j), 0, 2);
+    if (slot) ask(slot);
+  if (stored.master) ask(stored.master);
+  else if (stored.rule.reads_param) ask(stored.param);
 }
 
 template <class T>
 void advance_columns(const Stored<T>& stored, int64_t base, const Rows& rows, int64_t n, const Step<compute_t<T>>& step,
                      const FusedLoops<compute_t<T>>& loops, double* sums) {
   using C = compute_t<T>;
-  constexpr int64_t kAhead = 512;  // elements
   constexpr int64_t kSide = 4;     // rows
   const bool whole = rows.inner_stride == n;  // one long run, whose sums do not fit in L1
-  const int64_t ahead = ceil_div(kAhead, n);
+  const int64_t ahead = ceil_div(kAhead<C>, n);  // rows
   for (int64_t outer = 0; outer < rows.outer; ++outer) {
     int64_t inner = 0, begin = base + outer * rows.outer_stride;
     if constexpr (!Stored<T>::kNarrow)
       for (; loops.advance_four && whole && inner + kSide <= rows.inner; inner += kSide, begin += kSide * n)
-        loops.advance_four(stored.at(begin), n, n, step, sums);
+        loops.advance_four(stored.at(begin), n, n, kAhead<C>, step, sums);
     for (; inner < rows.inner; ++inner, begin += rows.inner_stride) {
       if (!whole && inner + ahead < rows.inner) fetch(stored, begin + ahead * rows.inner_stride, n);
       stored.advance(begin, n, [&](const Arrays<C>& a, int64_t j, int64_t m, auto) {
         if (loops.advance_pairs) return loops.advance_pairs(a, 1, 0, m, step, sums + j, sums + n + j);
-        loops.advance_row(a, 0, m, step, sums + j);
+        loops.advance_row(a, 0, m, whole ? kAhead<C> : 0, step, sums + j);
       });
     }
   }
@@ -249,15 +253,15 @@ struct Groups : TileOf<T> {
   }
 
   // The rest of rows of n columns; meanwhile asks for the next tile, `next` elements a row.
-  int32_t finish(int64_t base, int64_t n, const C* numbers, int64_t next) const {
+  int32_t finish(int64_t base, int64_t n, const C* numbers, int64_t next, int64_t ahead = 0) const {
     auto lines = [](int64_t elements) { return elements % kLine<T> == 0; };
     const bool past = stream && lines(base) && lines(n) && (rows == 1 || (lines(row_stride) && lines(r0_stride)));
     int32_t count = 0;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t begin = offset(base, r);
       fetch(stored, begin + n, next);
-      count += stored.template store<Visit::second>(begin, n, past, [&](const Arrays<C>& a, int64_t j, int64_t m) {
-        return loops.finish_block(a, m, step, numbers + j);
+      count += stored.template store<Visit::second>(begin, n, past, [&](const Arrays<C>& a, int64_t j, int64_t m, bool past) {
+        return loops.finish_block[past](a, m, ahead, step, numbers + j);
       });
     }
     return count;
@@ -349,7 +353,7 @@ struct Groups : TileOf<T> {
     }
     C* spread_number = scratch.template get<C>(3, columns + kSpread);
     spread(numbers_of(0, groups), row, groups, spread_number);
-    return finish(base, columns, spread_number, 0);
+    return finish(base, columns, spread_number, 0, kAhead<C>);
   }
 
   // The non-zero ones of a strip's share of the groups, row by row of the tensor.
@@ -411,7 +415,6 @@ void run_grouped(const PlanView& plan, const Item& item, const void* grad, const
     const int32_t count = groups.run_strip(item.begin / strip_rows);
     if (counts != nullptr) counts[0] = count;
   }
-  if (groups.stream) stream_fence();
 }
 
 BREGMAN_END

@@ -12,12 +12,9 @@ int32_t run_separable(const PlanView& plan, const Item& item, const void* grad, 
   const TensorRecord& t = plan.records()[item.tensor];
   const Stored<T> stored(t, grad, step.rule);
   if (const FusedLoops<C>* loops = step.rule.fused(step.elementwise.kind)) {
-    const bool stream = streams<T>(plan, t, step.rule);
-    const int32_t count = stored.template store<Visit::only>(
-        item.begin, item.count, stream,
-        [&](const Arrays<C>& a, int64_t, int64_t n) { return loops->separable_block(a, n, step); });
-    if (stream) stream_fence();
-    return count;
+    return stored.template store<Visit::only>(
+        item.begin, item.count, streams<T>(plan, t, step.rule),
+        [&](const Arrays<C>& a, int64_t, int64_t n, bool past) { return loops->separable_block[past](a, n, step); });
   }
   alignas(64) C z[kBuffer], scales[kBuffer];
   int32_t count = 0;
@@ -36,9 +33,7 @@ void run_typed(const PlanView& plan, const void* const* grads, const StepArgs& a
                int64_t end) {
   const Step<compute_t<T>> step(loops_of<compute_t<T>>(plan.header().rule), args);
   const auto* loops = step.rule.metric ? nullptr : step.rule.fused(args.elementwise);
-  for (int64_t n = begin; n < end; ++n) {
-    // The second visit of strips goes backwards: caches hold what the first visit touched last.
-    const int64_t i = args.phase == Phase::finish_strips ? end - 1 - (n - begin) : n;
+  for (int64_t i = begin; i < end; ++i) {
     const Item& item = plan.items()[i];
     const void* grad = grads[item.tensor];
     int32_t* found = counts == nullptr ? nullptr : counts + 2 * i;
@@ -50,6 +45,7 @@ void run_typed(const PlanView& plan, const void* const* grads, const StepArgs& a
       if (found != nullptr) found[0] = count, found[1] = 0;
     }
   }
+  stream_fence();
 }
 
 inline void run_items(const PlanView& plan, const void* const* grads, const StepArgs& args, int32_t* counts,

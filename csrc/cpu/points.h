@@ -16,7 +16,7 @@ struct Rows {
 // leaves out are zero. Where a metric is to be searched, adds to the columns' sums of squares (loops.h).
 template <class T>
 void advance_any(const Stored<T>& stored, int64_t base, const Rows& rows, int64_t n, const Step<compute_t<T>>& step,
-                 compute_t<T>* z, compute_t<T>* scales, compute_t<T>* squares = nullptr) {
+                 compute_t<T>* z, compute_t<T>* scales, compute_t<T>* squares = nullptr, int64_t ahead = 0) {
   using C = compute_t<T>;
   const auto advance = squares ? step.rule.advance_squares : step.rule.advance_points;
   const bool whole = !Stored<T>::kNarrow && stored.mask == nullptr;
@@ -27,11 +27,11 @@ void advance_any(const Stored<T>& stored, int64_t base, const Rows& rows, int64_
     const int64_t begin = rows.at(base, r);
     if constexpr (!Stored<T>::kNarrow)
       if (whole) {
-        advance(stored.at(begin), count, rows.inner_stride, n, step, z, scales, squares);
+        advance(stored.at(begin), count, rows.inner_stride, n, ahead, step, z, scales, squares);
         continue;
       }
     auto run = [&](const Arrays<C>& a, int64_t j, int64_t m, const flag_t<C>* keep) {
-      advance(a, count, n, m / count, step, z + j, scales + j, squares ? squares + j : nullptr);
+      advance(a, count, n, m / count, 0, step, z + j, scales + j, squares ? squares + j : nullptr);
       if (keep == nullptr) return;
       clear_masked(z + j, m, keep);
       if (step.rule.paired) clear_masked(scales + j, m, keep);
@@ -45,7 +45,7 @@ int32_t finish_any(const Stored<T>& stored, int64_t begin, int64_t n, const Step
                    const compute_t<T>* z, const compute_t<T>* scales, const compute_t<T>* numbers = nullptr) {
   using C = compute_t<T>;
   const auto finish = numbers ? step.rule.finish_groups : step.rule.finish_points;
-  return stored.template store<Visit::second>(begin, n, false, [&](const Arrays<C>& a, int64_t j, int64_t m) {
+  return stored.template store<Visit::second>(begin, n, false, [&](const Arrays<C>& a, int64_t j, int64_t m, bool) {
     return finish(a, m, step, z + j, scales + j, numbers ? numbers + j : nullptr);
   });
 }
