@@ -16,20 +16,26 @@ struct Rows {
 // leaves out are zero. Where a metric is to be searched, adds to the columns' sums of squares (loops.h).
 template <class T>
 void advance_any(const Stored<T>& stored, int64_t base, const Rows& rows, int64_t n, const Step<compute_t<T>>& step,
-                 compute_t<T>* z, compute_t<T>* scales, compute_t<T>* squares = nullptr, int64_t ahead = 0) {
+                 compute_t<T>* z, compute_t<T>* scales, compute_t<T>* squares = nullptr) {
   using C = compute_t<T>;
   const auto advance = squares ? step.rule.advance_squares : step.rule.advance_points;
   const bool whole = !Stored<T>::kNarrow && stored.mask == nullptr;
+  // What lies behind a row is asked for if it is visited next, else a row further on, if there is one.
+  const bool onwards = rows.inner_stride == n || rows.inner * rows.outer == 1;
+  const int64_t rows_ahead = onwards ? 0 : ceil_div(kAhead<C>, n);
+  const int64_t ahead = onwards ? kAhead<C> : rows_ahead * rows.inner_stride;
   // Rows that lie side by side are converted at once.
-  const int64_t most = whole ? rows.inner : rows.inner_stride == n ? std::max<int64_t>(1, kBuffer / n) : 1;
+  const int64_t most = rows.inner_stride == n ? std::max<int64_t>(1, kBuffer / n) : 1;
   for (int64_t r = 0, count; r < rows.outer * rows.inner; r += count, z += count * n, scales += count * n) {
-    count = std::min(most, rows.inner - r % rows.inner);
-    const int64_t begin = rows.at(base, r);
+    const int64_t left = rows.inner - r % rows.inner, begin = rows.at(base, r);
     if constexpr (!Stored<T>::kNarrow)
       if (whole) {
-        advance(stored.at(begin), count, rows.inner_stride, n, ahead, step, z, scales, squares);
+        const bool last = left <= rows_ahead;
+        count = last ? left : left - rows_ahead;
+        advance(stored.at(begin), count, rows.inner_stride, n, last ? 0 : ahead, step, z, scales, squares);
         continue;
       }
+    count = std::min(most, left);
     auto run = [&](const Arrays<C>& a, int64_t j, int64_t m, const flag_t<C>* keep) {
       advance(a, count, n, m / count, 0, step, z + j, scales + j, squares ? squares + j : nullptr);
       if (keep == nullptr) return;
