@@ -74,8 +74,9 @@ BREGMAN_HD bool finish_element(const Arrays<C>& a, int64_t i, const Scalars<Rule
 // Elements that loops visit at a time, and how many elements on memory is asked for meanwhile where arrays are visited
 // from end to end: the processor's own prefetching falls short of memory by a sixth.
 constexpr int64_t kPart = 64;
+constexpr int64_t kAheadBytes = 2048;  // of half and twice as many groups along rows take 5% longer
 template <class C>
-constexpr int64_t kAhead = 2048 / int64_t(sizeof(C));
+constexpr int64_t kAhead = kAheadBytes / int64_t(sizeof(C));
 
 // GCC deletes calls of functions that do nothing but prefetch, unless they have a statement like this empty one.
 BREGMAN_HD void prefetch(uintptr_t address) {

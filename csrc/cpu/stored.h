@@ -35,16 +35,21 @@ inline void stream_fence() {
 #endif
 }
 
+// `from` continues behind its n elements, or not.
 template <class T>
 BREGMAN_LOOP void widen_all(const T* __restrict__ from, int64_t n, float* __restrict__ to) {
-  int64_t j = 0;
+  in_parts(n, [&](int64_t begin, int64_t m) BREGMAN_VISIT {
+    const T* part = from + begin;
+    for (int64_t j = 0; j < m; j += kLine<T>) prefetch(reinterpret_cast<uintptr_t>(part + j) + kAheadBytes);
+    int64_t j = 0;
 #if defined(BREGMAN_FMA)
-  if constexpr (std::is_same_v<T, fp16>)
-    for (; j + 8 <= n; j += 8)
-      _mm256_storeu_ps(to + j, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + j))));
+    if constexpr (std::is_same_v<T, fp16>)
+      for (; j + 8 <= m; j += 8)
+        _mm256_storeu_ps(to + begin + j, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(part + j))));
 #endif
 #pragma GCC ivdep
-  for (; j < n; ++j) to[j] = widen(from[j]);
+    for (; j < m; ++j) to[begin + j] = widen(part[j]);
+  });
 }
 // At most kBuffer elements; returns how many are non-zero as stored.
 template <class T>
