@@ -253,7 +253,7 @@ struct Groups : TileOf<T> {
   }
 
   // The rest of rows of n columns; meanwhile asks for the next tile, `next` elements a row.
-  int32_t finish(int64_t base, int64_t n, const C* numbers, int64_t next, int64_t ahead = 0) const {
+  int32_t finish(int64_t base, int64_t n, const Numbers<C>& numbers, int64_t next, int64_t ahead = 0) const {
     auto lines = [](int64_t elements) { return elements % kLine<T> == 0; };
     const bool past = stream && lines(base) && lines(n) && (rows == 1 || (lines(row_stride) && lines(r0_stride)));
     int32_t count = 0;
@@ -261,7 +261,7 @@ struct Groups : TileOf<T> {
       const int64_t begin = offset(base, r);
       fetch(stored, begin + n, next);
       count += stored.template store<Visit::second>(begin, n, past, [&](const Arrays<C>& a, int64_t j, int64_t m, bool past) {
-        return loops.finish_block[past](a, m, ahead, step, numbers + j);
+        return loops.finish_block[past](a, m, ahead, step, numbers.from(j));
       });
     }
     return count;
@@ -284,10 +284,9 @@ struct Groups : TileOf<T> {
       C number;
       if (phase == Phase::scale) find_numbers(1, group_sums + first + m, groups, &number);
       else find_numbers(1, totals, 1, &number);
-      alignas(64) C numbers[kBuffer];
-      std::fill_n(numbers, std::min(row, kBuffer), number);
-      int32_t found = 0;
-      for (int64_t j = 0; j < row; j += kBuffer) found += finish(base + j, std::min(row - j, kBuffer), numbers, 0);
+      alignas(64) C numbers[kPart];
+      std::fill_n(numbers, kPart, number);
+      const int32_t found = finish(base, row, {numbers, true}, 0);
       nonzeros += found;
       if (alive != nullptr) *alive += found > 0;
     }
@@ -312,7 +311,7 @@ struct Groups : TileOf<T> {
     if (row > 1) spread(number, row, count, spread_number);
     const int64_t left = rows == 1 ? 0 : row_stride - base % row_stride - columns;
     const int64_t next = left < columns ? left : columns;
-    const int32_t nonzeros = finish(base, columns, spread_number, next);
+    const int32_t nonzeros = finish(base, columns, {spread_number, false}, next);
     if (alive != nullptr)
       for (int64_t m = 0; m < count; ++m)
         *alive += (number[m] != C(0) || step.rule.reads_param) && this->any_nonzero(base + m * row);
@@ -353,7 +352,7 @@ struct Groups : TileOf<T> {
     }
     C* spread_number = scratch.template get<C>(3, columns + kSpread);
     spread(numbers_of(0, groups), row, groups, spread_number);
-    return finish(base, columns, spread_number, 0, kAhead<C>);
+    return finish(base, columns, {spread_number, false}, 0, kAhead<C>);
   }
 
   // The non-zero ones of a strip's share of the groups, row by row of the tensor.

@@ -172,11 +172,21 @@ BREGMAN_HD C group_prox(C z, C scale, C number) {
   else return z * number;
 }
 
+// What is known of the groups of neighbouring elements, one by one; or of the group of all, kPart times.
+template <class C>
+struct Numbers {
+  const C* first;
+  bool same;
+
+  BREGMAN_HD const C* at(int64_t i) const { return same ? first : first + i; }
+  BREGMAN_HD Numbers from(int64_t i) const { return {at(i), same}; }
+};
+
 // Second visit of n neighbours: their prox points, by what is known of their groups, and the rest; returns how many are
 // non-zero.
 template <bool kStream, class Rule, class Elementwise, class C>
 BREGMAN_LOOP int32_t finish_block(const Arrays<C>& arrays, int64_t n, int64_t ahead, const Step<C>& step,
-                                  const C* __restrict__ numbers) {
+                                  const Numbers<C>& numbers) {
   const Arrays<C> a = arrays;
   const auto k = step.template of<Rule>();
   int32_t count = 0;
@@ -184,11 +194,12 @@ BREGMAN_LOOP int32_t finish_block(const Arrays<C>& arrays, int64_t n, int64_t ah
     fetch_ahead<Rule, false, !kStream>(a, begin, m, ahead);
     alignas(64) C streamed[kPart];
     C* __restrict__ const out = kStream ? streamed : a.param + begin;
+    const C* __restrict__ const number = numbers.at(begin);
 #pragma GCC ivdep
     for (int64_t j = 0; j < m; ++j) {
       C s[kMaxSlots];
       const Point<C> p = point_of<false>(a, begin + j, k, s);
-      const C q = group_prox<Rule>(Elementwise::prox(p.z, p.scale, k.elementwise), p.scale, numbers[begin + j]);
+      const C q = group_prox<Rule>(Elementwise::prox(p.z, p.scale, k.elementwise), p.scale, number[j]);
       count += finish_element(a, begin + j, k, q, s, out[j]);
     }
     if constexpr (kStream) stream_lines(a.param + begin, streamed, m * int64_t(sizeof(C)));
@@ -244,7 +255,7 @@ struct FusedLoops {
   void (*advance_row)(const Arrays<C>&, int64_t, int64_t, int64_t, const Step<C>&, double*);
   void (*advance_four)(const Arrays<C>&, int64_t, int64_t, int64_t, const Step<C>&, double*);  // or null: too many streams
   void (*advance_pairs)(const Arrays<C>&, int64_t, int64_t, int64_t, const Step<C>&, double*, double*);
-  int32_t (*finish_block[2])(const Arrays<C>&, int64_t, int64_t, const Step<C>&, const C*);
+  int32_t (*finish_block[2])(const Arrays<C>&, int64_t, int64_t, const Step<C>&, const Numbers<C>&);
 };
 template <class Rule, class Elementwise, class C>
 constexpr FusedLoops<C> fused_loops() {
