@@ -2,6 +2,8 @@
 // out is cleared behind them (stored.h).
 #pragma once
 
+#include <algorithm>
+
 #include "../math/dtypes.h"
 #include "../math/rule_list.h"
 #include "../math/scalars.h"
