@@ -284,7 +284,7 @@ def count_prefetches(assembly: str) -> Counter[str]:
     counts: Counter[str] = Counter()
     function = ""
     for line in assembly.splitlines():
-        if label := re.match(r"(_Z\w+):", line):
+        if label := re.match(r"(_Z\w+)[\w.]*:", line):  # of a part that GCC split off, too
             function = label.group(1)
         elif line.startswith("\tprefetch"):
             counts[function] += 1

@@ -86,9 +86,9 @@ BREGMAN_HD void prefetch(uintptr_t address) {
   asm volatile("");
 }
 
-// Asks for what a visit of m elements, `ahead` of the i-th, will read, and with kParam for the parameters it will write:
-// a first visit, or a second one, which reads what is left of it (points.h). 0: what is visited next is not known, or in
-// the caches. Addresses, not pointers: the last ones lie behind the arrays.
+// Asks for what a visit of m elements, `ahead` of the i-th, will read, and with kParam for the parameters that it will
+// write: a first visit, or a second one, to which a dual tells all (stored.h). 0: what is visited next is not known, or
+// in the caches. Addresses, not pointers: the last ones lie behind the arrays.
 template <class Rule, bool kFirst, bool kParam, class C>
 BREGMAN_HD void fetch_ahead(const Arrays<C>& a, int64_t i, int64_t m, int64_t ahead) {
   if (ahead == 0) return;
@@ -96,8 +96,9 @@ BREGMAN_HD void fetch_ahead(const Arrays<C>& a, int64_t i, int64_t m, int64_t ah
     const uintptr_t begin = reinterpret_cast<uintptr_t>(array) + uintptr_t(i + ahead) * sizeof(C);
     for (uintptr_t line = 0; line < uintptr_t(m) * sizeof(C); line += 64) prefetch(begin + line);
   };
-  constexpr int kSlots = kFirst ? Rule::kStateSlots : std::min(Rule::kStateSlots, Rule::kFixedSlots + 1);
-  if constexpr (kFirst || Rule::kLate || kSlots == 0) fetch(a.grad);
+  constexpr bool kAll = kFirst || Rule::kLate;
+  constexpr int kSlots = kAll ? Rule::kStateSlots : std::min(Rule::kStateSlots, Rule::kFixedSlots + 1);
+  if constexpr (kAll || kSlots == 0) fetch(a.grad);
   if constexpr (kParam || Rule::kReadsParam) fetch(a.param);
   if constexpr (kSlots > 0) fetch(a.slot0);
   if constexpr (kSlots > 1) fetch(a.slot1);

@@ -259,10 +259,11 @@ struct Groups : TileOf<T> {
     int32_t count = 0;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t begin = offset(base, r);
-      fetch(stored, begin + n, next);
-      count += stored.template store<Visit::second>(begin, n, past, [&](const Arrays<C>& a, int64_t j, int64_t m, bool past) {
+      if (phase != Phase::scale) fetch(stored, begin + n, next);
+      auto finish = [&](const Arrays<C>& a, int64_t j, int64_t m, bool past) {
         return loops.finish_block[past](a, m, ahead, step, numbers.from(j));
-      });
+      };
+      count += stored.template store<Visit::second>(begin, n, past, finish);
     }
     return count;
   }

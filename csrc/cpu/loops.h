@@ -81,12 +81,12 @@ template <bool kStream, class Rule, class Elementwise, class C>
 BREGMAN_LOOP int32_t separable_block(const Arrays<C>& arrays, int64_t n, const Step<C>& step) {
   const Arrays<C> a = arrays;
   const auto k = step.template of<Rule>();
-  const int64_t ahead = n > kPart ? kAhead<C> : 0;
+  const int64_t ahead = n > kAhead<C> ? kAhead<C> : 0;  // small tensors: behind them lies something else
   int32_t count = 0;
   in_parts(n, [&](int64_t begin, int64_t m) BREGMAN_VISIT {
     fetch_ahead<Rule, true, !kStream>(a, begin, m, ahead);
     alignas(64) C streamed[kPart];
-    C* __restrict__ const out = kStream ? streamed : a.param + begin;
+    C* const out = kStream ? streamed : a.param + begin;
 #pragma GCC ivdep
     for (int64_t j = 0; j < m; ++j) {
       C s[kMaxSlots];
@@ -193,7 +193,7 @@ BREGMAN_LOOP int32_t finish_block(const Arrays<C>& arrays, int64_t n, int64_t ah
   in_parts(n, [&](int64_t begin, int64_t m) BREGMAN_VISIT {
     fetch_ahead<Rule, false, !kStream>(a, begin, m, ahead);
     alignas(64) C streamed[kPart];
-    C* __restrict__ const out = kStream ? streamed : a.param + begin;
+    C* const out = kStream ? streamed : a.param + begin;
     const C* __restrict__ const number = numbers.at(begin);
 #pragma GCC ivdep
     for (int64_t j = 0; j < m; ++j) {
@@ -253,7 +253,7 @@ struct FusedLoops {
   int32_t (*separable_block[2])(const Arrays<C>&, int64_t, const Step<C>&);  // [1]: past the caches
   void (*advance_run)(const Arrays<C>&, int64_t, const Step<C>&, double*);
   void (*advance_row)(const Arrays<C>&, int64_t, int64_t, int64_t, const Step<C>&, double*);
-  void (*advance_four)(const Arrays<C>&, int64_t, int64_t, int64_t, const Step<C>&, double*);  // or null: too many streams
+  void (*advance_four)(const Arrays<C>&, int64_t, int64_t, int64_t, const Step<C>&, double*);  // or null
   void (*advance_pairs)(const Arrays<C>&, int64_t, int64_t, int64_t, const Step<C>&, double*, double*);
   int32_t (*finish_block[2])(const Arrays<C>&, int64_t, int64_t, const Step<C>&, const Numbers<C>&);
 };

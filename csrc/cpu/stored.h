@@ -9,7 +9,7 @@
 
 BREGMAN_BEGIN
 
-constexpr int64_t kBuffer = 1024;  // elements that are converted, masked, or written past the caches, at a time
+constexpr int64_t kBuffer = 1024;  // elements that are converted or masked at a time
 static_assert(kBuffer % kLanes == 0);
 template <class T>
 constexpr int64_t kLine = int64_t(64 / sizeof(T));  // elements per memory line
@@ -22,7 +22,7 @@ bool streams(const PlanView& plan, const TensorRecord& t, const Loops<compute_t<
          reinterpret_cast<uintptr_t>(t.param) % 64 == 0;
 }
 
-// The same from anywhere on.
+// stream_lines from anywhere on.
 inline void stream_copy(void* to, const void* from, int64_t bytes) {
   const int64_t edge = std::min(bytes, int64_t(-reinterpret_cast<uintptr_t>(to) % 64));
   std::memcpy(to, from, size_t(edge));
@@ -142,7 +142,7 @@ struct Stored {
   }
 
   // Calls f(arrays, j, m, stream) likewise, storing parameters, past the caches if `stream`, zeros where a mask says so;
-  // returns how many are non-zero, as f does. Where f is not told to stream it stores what is in the arrays.
+  // returns how many are non-zero, as f does. f stores in the arrays' `param`.
   template <Visit kVisit, class F>
   int32_t store(int64_t begin, int64_t n, bool stream, const F& f) const {
     int32_t count = 0;
@@ -169,12 +169,6 @@ struct Stored {
       count = f(at(begin), 0, n, stream);
     }
     return count;
-  }
-
-  // Where the parameter that a rule reads lies.
-  const void* old_param(int64_t i) const {
-    if (master != nullptr) return master + i;
-    return param + i;
   }
 
  private:

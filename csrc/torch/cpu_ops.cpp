@@ -19,7 +19,7 @@ Tuning cpu_tuning(int64_t bytes_needed, bool strips) {
           /*least_segment=*/16, /*max_groups=*/1 << 20, /*align=*/16, /*capacity=*/kAll, /*panel=*/kAll, /*workers=*/1,
           /*strip_rows=*/32, /*strip_columns=*/strips ? 16384 : 0};
 }
-// Below this much work per thread, waking a thread costs more than it saves.
+// Below this much work, waking a thread costs more than it saves; threads take so much at a time.
 constexpr int64_t kGrainElements = 16384;
 
 Plan plan_cpu(const Tensors params, const Tensors state, const Tensors masks, const std::vector<int64_t> addresses,
