@@ -320,11 +320,6 @@ def test_loops_ask_for_memory_ahead(loops: CpuLoops, function: str) -> None:
     assert sorted(compiled - {*loops.prefetches}) == []
 
 
-def test_tiles_ask_for_the_next_ones(loops: CpuLoops) -> None:
-    """GCC has deleted the calls: they do nothing but prefetch."""
-    assert len([name for name in loops.prefetches if re.search(r"\bfetch<", name)]) == len(("f32", "f64", *NARROW))
-
-
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_every_instance_is_vectorised(loops: CpuLoops, function: str) -> None:
     file, *arguments = FUNCTIONS[function]

@@ -18,11 +18,12 @@ struct Arrays {
   C* __restrict__ slot0;  // null from the first on that the rule does not have
   C* __restrict__ slot1;
   C* __restrict__ slot2;
+  bool converted;  // gradients, and parameters that the rule does not read: they lie in buffers
 
   // The arrays from element i on, with others for parameter and gradient.
   Arrays with(C* params, const C* grads, int64_t i) const {
     auto from = [i](C* slot) { return slot ? slot + i : nullptr; };
-    return {params, grads, from(slot0), from(slot1), from(slot2)};
+    return {params, grads, from(slot0), from(slot1), from(slot2), converted};
   }
   Arrays from(int64_t i) const { return with(param + i, grad + i, i); }
 };
@@ -98,8 +99,10 @@ BREGMAN_HD void fetch_ahead(const Arrays<C>& a, int64_t i, int64_t m, int64_t ah
   };
   constexpr bool kAll = kFirst || Rule::kLate;
   constexpr int kSlots = kAll ? Rule::kStateSlots : std::min(Rule::kStateSlots, Rule::kFixedSlots + 1);
-  if constexpr (kAll || kSlots == 0) fetch(a.grad);
-  if constexpr (kParam || Rule::kReadsParam) fetch(a.param);
+  if constexpr (kAll || kSlots == 0)
+    if (!a.converted) fetch(a.grad);
+  if constexpr (kParam || Rule::kReadsParam)
+    if (Rule::kReadsParam || !a.converted) fetch(a.param);
   if constexpr (kSlots > 0) fetch(a.slot0);
   if constexpr (kSlots > 1) fetch(a.slot1);
   if constexpr (kSlots > 2) fetch(a.slot2);

@@ -8,40 +8,35 @@
 
 BREGMAN_BEGIN
 
-// Asks for what the first visit of n neighbours will read. Rows of a tile are too short for the processor to foresee.
-template <class T>
-void fetch(const Stored<T>& stored, int64_t begin, int64_t n) {
-  using C = compute_t<T>;
-  auto ask = [=](auto* array) {
-    constexpr int64_t kBytes = sizeof(*array);
-    const uintptr_t from = reinterpret_cast<uintptr_t>(array) + uintptr_t(begin * kBytes);
-    for (int64_t i = 0; i < n * kBytes; i += 64) prefetch(from + uintptr_t(i));
-  };
-  ask(stored.grad);
-  for (const C* slot : {stored.state.slot0, stored.state.slot1, stored.state.slot2})
-    if (slot) ask(slot);
-  if (stored.master) ask(stored.master);
-  else if (stored.rule.reads_param) ask(stored.param);
-}
-
+// Rows are too far apart for the processor to foresee, and asking for a whole one at once would stall: the loops ask for
+// the next one, or so many short ones on, a line at a time.
 template <class T>
 void advance_columns(const Stored<T>& stored, int64_t base, const Rows& rows, int64_t n, const Step<compute_t<T>>& step,
                      const FusedLoops<compute_t<T>>& loops, double* sums) {
   using C = compute_t<T>;
-  constexpr int64_t kSide = 4;     // rows
-  const bool whole = rows.inner_stride == n;  // one long run, whose sums do not fit in L1
-  const int64_t ahead = ceil_div(kAhead<C>, n);  // rows
-  for (int64_t outer = 0; outer < rows.outer; ++outer) {
-    int64_t inner = 0, begin = base + outer * rows.outer_stride;
-    if constexpr (!Stored<T>::kNarrow)
-      for (; loops.advance_four && whole && inner + kSide <= rows.inner; inner += kSide, begin += kSide * n)
-        loops.advance_four(stored.at(begin), n, n, kAhead<C>, step, sums);
-    for (; inner < rows.inner; ++inner, begin += rows.inner_stride) {
-      if (!whole && inner + ahead < rows.inner) fetch(stored, begin + ahead * rows.inner_stride, n);
-      stored.advance(begin, n, [&](const Arrays<C>& a, int64_t j, int64_t m, auto) {
-        if (loops.advance_pairs) return loops.advance_pairs(a, 1, 0, m, step, sums + j, sums + n + j);
-        loops.advance_row(a, 0, m, whole ? kAhead<C> : 0, step, sums + j);
-      });
+  constexpr int64_t kSide = 4, kBlock = 512;  // rows, and columns: their sums stay in L1
+  const bool sides = !Stored<T>::kNarrow && loops.advance_four;
+  const int64_t stride = rows.inner_stride;
+  for (int64_t j = 0; j < n; j += kBlock) {
+    const int64_t m = std::min(kBlock, n - j), few = std::min(rows.inner, ceil_div(kAhead<C>, m));
+    for (int64_t outer = 0; outer < rows.outer; ++outer) {
+      int64_t begin = base + outer * rows.outer_stride + j;
+      for (int64_t r = 0, side; r < rows.inner; r += side, begin += side * stride) {
+        side = sides && r + kSide <= rows.inner ? kSide : 1;
+        const int64_t next = std::max(side, few);
+        // Behind the last row come the next columns.
+        const int64_t ahead = next * stride + (r + next < rows.inner ? 0 : m - rows.inner * stride);
+        if constexpr (!Stored<T>::kNarrow)
+          if (side == kSide) {
+            loops.advance_four(stored.at(begin), stride, m, ahead, step, sums + j);
+            continue;
+          }
+        auto run = [&](const Arrays<C>& a, int64_t i, int64_t count, auto) {
+          if (loops.advance_pairs) return loops.advance_pairs(a, 1, 0, count, step, sums + j + i, sums + n + j + i);
+          loops.advance_row(a, 0, count, ahead, step, sums + j + i);
+        };
+        stored.advance(begin, m, run, /*reads_param=*/false, ahead);
+      }
     }
   }
 }
@@ -252,14 +247,13 @@ struct Groups : TileOf<T> {
       });
   }
 
-  // The rest of rows of n columns; meanwhile asks for the next tile, `next` elements a row.
-  int32_t finish(int64_t base, int64_t n, const Numbers<C>& numbers, int64_t next, int64_t ahead = 0) const {
+  // The rest of rows of n columns.
+  int32_t finish(int64_t base, int64_t n, const Numbers<C>& numbers, int64_t ahead) const {
     auto lines = [](int64_t elements) { return elements % kLine<T> == 0; };
     const bool past = stream && lines(base) && lines(n) && (rows == 1 || (lines(row_stride) && lines(r0_stride)));
     int32_t count = 0;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t begin = offset(base, r);
-      if (phase != Phase::scale) fetch(stored, begin + n, next);
       auto finish = [&](const Arrays<C>& a, int64_t j, int64_t m, bool past) {
         return loops.finish_block[past](a, m, ahead, step, numbers.from(j));
       };
@@ -310,9 +304,7 @@ struct Groups : TileOf<T> {
     }
     find_numbers(count, totals, stride, number);
     if (row > 1) spread(number, row, count, spread_number);
-    const int64_t left = rows == 1 ? 0 : row_stride - base % row_stride - columns;
-    const int64_t next = left < columns ? left : columns;
-    const int32_t nonzeros = finish(base, columns, {spread_number, false}, next);
+    const int32_t nonzeros = finish(base, columns, {spread_number, false}, 0);
     if (alive != nullptr)
       for (int64_t m = 0; m < count; ++m)
         *alive += (number[m] != C(0) || step.rule.reads_param) && this->any_nonzero(base + m * row);
@@ -353,7 +345,7 @@ struct Groups : TileOf<T> {
     }
     C* spread_number = scratch.template get<C>(3, columns + kSpread);
     spread(numbers_of(0, groups), row, groups, spread_number);
-    return finish(base, columns, {spread_number, false}, 0, kAhead<C>);
+    return finish(base, columns, {spread_number, false}, kAhead<C>);
   }
 
   // The non-zero ones of a strip's share of the groups, row by row of the tensor.

@@ -35,12 +35,12 @@ inline void stream_fence() {
 #endif
 }
 
-// `from` continues behind its n elements, or not.
+// Asks meanwhile for what lies `ahead` elements on: an address, not a pointer.
 template <class T>
-BREGMAN_LOOP void widen_all(const T* __restrict__ from, int64_t n, float* __restrict__ to) {
+BREGMAN_LOOP void widen_all(const T* __restrict__ from, int64_t n, int64_t ahead, float* __restrict__ to) {
   in_parts(n, [&](int64_t begin, int64_t m) BREGMAN_VISIT {
     const T* part = from + begin;
-    for (int64_t j = 0; j < m; j += kLine<T>) prefetch(reinterpret_cast<uintptr_t>(part + j) + kAheadBytes);
+    for (int64_t j = 0; j < m; j += kLine<T>) prefetch(reinterpret_cast<uintptr_t>(part + j) + uintptr_t(ahead) * sizeof(T));
     int64_t j = 0;
 #if defined(BREGMAN_FMA)
     if constexpr (std::is_same_v<T, fp16>)
@@ -107,6 +107,7 @@ template <class T>
 struct Stored {
   using C = compute_t<T>;
   static constexpr bool kNarrow = sizeof(T) == 2;
+  static constexpr int64_t kOnwards = kAheadBytes / int64_t(sizeof(T));
   const Loops<C>& rule;
   T* param;
   const T* grad;
@@ -116,7 +117,7 @@ struct Stored {
 
   Stored(const TensorRecord& t, const void* grads, const Loops<C>& rule)
       : rule(rule), param(static_cast<T*>(t.param)), grad(static_cast<const T*>(grads)), mask(t.mask),
-        state{nullptr, nullptr, slot(t, 0), slot(t, 1), slot(t, 2)},
+        state{nullptr, nullptr, slot(t, 0), slot(t, 1), slot(t, 2), kNarrow},
         master(kNarrow && rule.reads_param ? static_cast<C*>(t.state[rule.slots]) : nullptr) {}
 
   // The arrays from an element on, as they are.
@@ -127,16 +128,16 @@ struct Stored {
 
   // Calls f(arrays, j, m, keep) for runs of m elements from `begin` + j on, n in all, before parameters are stored; `keep`
   // has the flags of a mask, if there is one. State that it leaves out becomes zero behind f. 16-bit parameters are there
-  // if the rule or `reads_param` says so.
+  // if the rule or `reads_param` says so. What is read next lies `ahead` elements on, as far as 16-bit arrays go.
   template <class F>
-  void advance(int64_t begin, int64_t n, const F& f, bool reads_param = false) const {
+  void advance(int64_t begin, int64_t n, const F& f, bool reads_param = false, int64_t ahead = kOnwards) const {
     auto masked = [&](const Arrays<C>& a, int64_t j, int64_t m) {
       if (mask == nullptr) return f(a, j, m, nullptr);
       const Keep<C> keep(mask, begin + j, m);
       f(a, j, m, keep.flags);
       if (!rule.late) clear_state(begin + j, m, keep);
     };
-    if constexpr (kNarrow) converted<Visit::first>(begin, n, masked, reads_param);
+    if constexpr (kNarrow) converted<Visit::first>(begin, n, masked, reads_param, ahead);
     else if (mask == nullptr) f(at(begin), 0, n, nullptr);
     else for_buffers(n, [&](int64_t j, int64_t m) { masked(at(begin + j), j, m); });
   }
@@ -184,11 +185,11 @@ struct Stored {
     for (int64_t j = 0; j < n; j += kBuffer) f(j, std::min(kBuffer, n - j));
   }
   template <Visit kVisit, class F>
-  void converted(int64_t begin, int64_t n, const F& f, bool reads_param = false) const {
+  void converted(int64_t begin, int64_t n, const F& f, bool reads_param = false, int64_t ahead = kOnwards) const {
     alignas(64) C grads[kBuffer], params[kBuffer];
     for_buffers(n, [&](int64_t j, int64_t m) {
-      if (reads_grad(kVisit)) widen_all(grad + begin + j, m, grads);
-      if (reads_param && !master) widen_all(param + begin + j, m, params);
+      if (reads_grad(kVisit)) widen_all(grad + begin + j, m, ahead, grads);
+      if (reads_param && !master) widen_all(param + begin + j, m, ahead, params);
       f(state.with(master ? master + begin + j : params, grads, begin + j), j, m);
     });
   }
